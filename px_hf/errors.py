@@ -1,0 +1,42 @@
+"""Errors of px_hf. Each is also the builtin that a caller would catch.
+
+A message says what happened, where, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class PxError(Exception):
+    """Base class of every error that px_hf raises on purpose."""
+
+
+class InvalidArgumentError(PxError, ValueError):
+    """A setting outside its range: a sparsity of 1.2, zero rounds, an unknown scope."""
+
+
+class DataError(PxError, ValueError):
+    """Batches or a dataset that cannot be used: empty, wrong shape, missing labels or columns."""
+
+
+class TargetError(PxError, ValueError):
+    """The model and the masks, or the model and the criterion, do not fit: no prunable weights, a wrong shape."""
+
+
+class UnsupportedOpError(PxError, NotImplementedError):
+    """The forward uses operations without a path rule. Lists all of them, with their modules."""
+
+
+class NonFiniteError(PxError, ValueError):
+    """An activation, a path sum or a score is NaN or infinite."""
+
+
+class LaunchError(PxError, RuntimeError):
+    """Several processes were launched but each believes to be the only one."""
+
+
+class CheckpointError(PxError, ValueError):
+    """A saved folder or file is missing, incomplete, damaged, or belongs to something else."""
+
+
+class OutputExistsError(PxError, FileExistsError):
+    """An output folder already holds a model and overwriting was not asked for."""
