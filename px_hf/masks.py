@@ -1,0 +1,319 @@
+"""Masks: which weights of a model are kept.
+
+    masks = Masks({"fc.weight": torch.tensor([[True, False]])})
+    masks.sparsity                      # 0.5
+    masks.apply_(model)                 # zeroes model.fc.weight[0, 1]
+    masks.save("masks.safetensors")
+    masks == Masks.load("masks.safetensors")
+
+The file is one safetensors file. For each mask it holds a uint8 tensor of the mask's name with one bit
+a weight, 1 = kept: weight i of the flattened (row-major) mask is bit `i % 8`, counted from the least
+significant, of byte `i // 8`; unused bits of the last byte are 0. The metadata entry "px_hf.masks" is
+JSON: {"version": 1, "shapes": [[name, [size, ...]], ...]} in the order of the masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+from torch import Tensor, nn
+
+from .errors import CheckpointError, InvalidArgumentError, TargetError
+
+MASKS_FILE = "masks.safetensors"
+_METADATA = "px_hf.masks"
+_VERSION = 1
+
+
+class Masks(Mapping[str, Tensor]):
+    """An immutable mapping: parameter name -> bool tensor of the parameter's shape, True = kept.
+
+    The masks live on the CPU, in the order they were given in. What goes in and what comes out are
+    copies, so nothing done to them changes the masks. Two `Masks` are equal if they hold the same names
+    with the same shapes and values, in whatever order.
+
+    Modules of px_hf read `masks._tensors`, the same mapping without the copies; they never write to it.
+
+    Raises InvalidArgumentError if a name is not a string, a mask is not a bool tensor, or there is not
+    one weight to mask.
+    """
+
+    __slots__ = ("_kept", "_tensors", "_total")
+    _tensors: dict[str, Tensor]
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        if not isinstance(masks, Mapping):
+            raise InvalidArgumentError(
+                f"Masks are made from a mapping of name to bool tensor, got {type(masks).__name__}."
+            )
+        # The items of another Masks would be copies already.
+        source = masks._tensors if isinstance(masks, Masks) else masks
+        for name, mask in source.items():
+            if not isinstance(name, str):
+                raise InvalidArgumentError(f"Masks are keyed by parameter names, got {name!r}.")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise InvalidArgumentError(f"The mask of {name!r} must be a bool tensor, got {found}.")
+        self._tensors = {
+            name: mask.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, mask in source.items()
+        }
+        self._total = sum(mask.numel() for mask in self._tensors.values())
+        self._kept = sum(int(mask.count_nonzero()) for mask in self._tensors.values())
+        if self._total == 0:
+            raise InvalidArgumentError("Masks need at least one weight to speak about, got none.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self._tensors.keys() == other._tensors.keys() and all(
+            torch.equal(mask, other._tensors[name]) for name, mask in self._tensors.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        counts = f"{self.kept:,} of {self.total:,} weights kept"
+        return f"Masks({len(self)} tensors, {counts}, sparsity {self.sparsity:.6g})"
+
+    @property
+    def kept(self) -> int:
+        """How many of the masked weights are kept."""
+        return self._kept
+
+    @property
+    def total(self) -> int:
+        """How many weights the masks speak about, kept and pruned."""
+        return self._total
+
+    @property
+    def density(self) -> float:
+        """The fraction of the masked weights that is kept, in [0, 1]."""
+        return self.kept / self.total
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the masked weights that is pruned, in [0, 1]."""
+        return (self.total - self.kept) / self.total
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of names, shapes and values: equal exactly for equal masks."""
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            mask = self._tensors[name]
+            digest.update(json.dumps([name, list(mask.shape)]).encode())
+            digest.update(_pack(mask).tobytes())
+        return digest.hexdigest()
+
+    def match(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of `model` that the masks speak about, in the order of the masks.
+
+        Wrappers by DataParallel, DistributedDataParallel and torch.compile are looked through, and a
+        parameter with several names (tied weights) is found under each of them.
+
+        Raises TargetError, listing every misfit, if a name is not a parameter of the model, a shape
+        differs, a parameter holds no values (meta device, lazy), or two names of one parameter have
+        different masks.
+        """
+        if not isinstance(model, nn.Module):
+            raise TargetError(f"Masks apply to a torch.nn.Module, got {type(model).__name__}.")
+        parameters = _named_parameters(model)
+        misfits: list[str] = []
+        tied: dict[nn.Parameter, str] = {}
+        for name, mask in self._tensors.items():
+            parameter = parameters.get(name)
+            if parameter is None:
+                misfits.append(f"{name!r} is not a parameter of the model")
+            elif parameter.is_meta or nn.parameter.is_lazy(parameter):
+                misfits.append(f"{name!r} holds no values yet (meta device or lazy module)")
+            elif parameter.shape != mask.shape:
+                misfits.append(
+                    f"{name!r} is {list(parameter.shape)} in the model and {list(mask.shape)} in the masks"
+                )
+            elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
+                misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
+        if misfits:
+            shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
+            raise TargetError(
+                f"The masks do not fit the model ({type(model).__name__}), nothing was changed: "
+                f"{len(misfits)} of {len(self)} masks: {shown}. Masks belong to the "
+                "architecture that they were made for: use the model they came from, or prune this one."
+            )
+        return {name: parameters[name] for name in self._tensors}
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Set the pruned weights of `model` to zero (+0.0, whatever they held), in place.
+
+        Raises TargetError, before anything is changed, if the masks do not fit the model: see `match`.
+        """
+        for name, parameter in self.match(model).items():
+            parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the masks to one safetensors file, one bit a weight; missing parent folders are made.
+
+        The file appears whole or not at all, and the same masks always give the same bytes.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shapes = [[name, list(mask.shape)] for name, mask in self._tensors.items()]
+        content = to_safetensors(
+            {name: _pack(mask) for name, mask in self._tensors.items()},
+            metadata={_METADATA: json.dumps({"version": _VERSION, "shapes": shapes})},
+        )
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_bytes(content)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read the masks that `save` wrote.
+
+        Raises CheckpointError if the file is missing, damaged, not a file of masks, or of a version that
+        this px_hf does not know. At most 16 bytes are allocated for each byte of the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(
+                f"There is no masks file {path}. Masks.save() and px_hf.save_pretrained() write one."
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = _read_shapes(file.metadata())
+                if set(file.keys()) != shapes.keys():
+                    raise ValueError("its tensors are not those that its metadata lists")
+                masks = {}
+                for name, shape in shapes.items():
+                    stored = file.get_slice(name)
+                    expected = [-(-math.prod(shape) // 8)]
+                    if stored.get_dtype() != "U8" or stored.get_shape() != expected:
+                        raise ValueError(
+                            f"{name!r} of shape {shape} is stored as {stored.get_dtype()} "
+                            f"{stored.get_shape()}, expected U8 {expected}"
+                        )
+                    masks[name] = _unpack(file.get_tensor(name), shape)
+            return cls(masks)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole file of masks: {error}. Save it again with Masks.save()."
+            ) from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_repo_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str = "",
+    ) -> Masks:
+        """Read the masks of a folder or Hub repository that `px_hf.save_pretrained` wrote.
+
+        `revision`, `token` and `subfolder` are those of transformers' `from_pretrained`.
+        Raises CheckpointError if there is no such folder or repository, or it holds no masks.
+        """
+        if Path(folder_or_repo_id).is_dir():
+            return cls.load(Path(folder_or_repo_id, subfolder, MASKS_FILE))
+
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = hf_hub_download(
+                str(folder_or_repo_id),
+                MASKS_FILE,
+                subfolder=subfolder or None,
+                revision=revision,
+                token=token,
+            )
+        except (EntryNotFoundError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"Cannot get {MASKS_FILE} of {str(folder_or_repo_id)!r}: it is not a local folder, and as a "
+                f"Hub repository: {error}"
+            ) from error
+        return cls.load(path)
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by all of their names, as the model inside any wrapper calls them."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            break
+    # A compiled submodule puts its own level into the names.
+    return {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _pack(mask: Tensor) -> np.ndarray:
+    return np.packbits(mask.reshape(-1).numpy(), bitorder="little")
+
+
+def _unpack(bits: np.ndarray, shape: list[int]) -> Tensor:
+    unpacked = np.unpackbits(bits, bitorder="little")
+    count = math.prod(shape)
+    if unpacked[count:].any():
+        raise ValueError("bits beyond the last weight are set")
+    return torch.from_numpy(unpacked[:count].view(np.bool_)).reshape(shape)
+
+
+def _read_shapes(metadata: Mapping[str, str] | None) -> dict[str, list[int]]:
+    """The checked content of the metadata entry; ValueError says what is wrong with it."""
+    if metadata is None or _METADATA not in metadata:
+        raise ValueError(f"its metadata has no entry {_METADATA!r}")
+    try:
+        content = json.loads(metadata[_METADATA])
+    except RecursionError:
+        raise ValueError("its metadata is nested too deeply") from None
+    if not isinstance(content, dict) or type(content.get("version")) is not int:
+        raise ValueError("its metadata states no format version")
+    if content["version"] != _VERSION:
+        raise ValueError(
+            f"it is of format version {content['version']}, and this px_hf knows {_VERSION}: upgrade px_hf"
+        )
+    shapes: dict[str, list[int]] = {}
+    entries = content.get("shapes")
+    for entry in entries if isinstance(entries, list) else [None]:
+        match entry:
+            case [str(name), list(shape)] if len(shape) <= 64 and all(map(_is_size, shape)):
+                if name in shapes:
+                    raise ValueError(f"its metadata lists {name!r} twice")
+                shapes[name] = shape
+            case _:
+                shown = str(entry)[:80]
+                raise ValueError(f"its metadata lists {shown!r} where [name, [size, ...]] is expected")
+    return shapes
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 <= size < 2**48
