@@ -1,0 +1,76 @@
+"""Where the images come from: the Hub, image folders or Parquet files, read as one `DatasetDict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from px_hf.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of three kinds of source; exactly one kind may be named.
+
+    A dataset of the Hub or a local folder that `datasets.load_dataset` understands, image folders with
+    one sub-folder per class, or Parquet files.
+    """
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_dir: str | None = None
+    validation_dir: str | None = None
+    test_dir: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Split name -> image folder, of those named."""
+        named = {"train": self.train_dir, "validation": self.validation_dir, "test": self.test_dir}
+        return {split: folder for split, folder in named.items() if folder}
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Split name -> Parquet file, of those named."""
+        named = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: file for split, file in named.items() if file}
+
+    def __bool__(self) -> bool:
+        """Whether anything is named at all."""
+        return bool(self.dataset_name or self.folders or self.files)
+
+
+def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDict:
+    """Reads every split of `source`.
+
+    **Raises** `DataError` when no kind of source or more than one is named, when a folder or file does
+    not exist, or when there is no training data among them.
+    """
+    kinds = [kind for kind in (source.dataset_name, source.folders, source.files) if kind]
+    if len(kinds) != 1:
+        raise DataError(
+            f"{len(kinds)} kinds of data source are named, expected exactly one of: dataset_name, train_dir "
+            "(with validation_dir, test_dir), train_file (with validation_file, test_file)."
+        )
+    if source.dataset_name:
+        raw = load_dataset(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir)
+        if isinstance(raw, Dataset):
+            raw = DatasetDict({"train": raw})
+        return raw
+
+    named = source.folders or source.files
+    missing = [path for path in named.values() if not Path(path).exists()]
+    if missing:
+        raise DataError(f"No such file or folder: {', '.join(missing)}.")
+    if "train" not in named:
+        raise DataError(
+            f"No training data: only {', '.join(named)} is named. Name train_dir or train_file too."
+        )
+    if source.folders:
+        patterns = {split: str(Path(folder) / "**") for split, folder in named.items()}
+        return load_dataset("imagefolder", data_files=patterns, cache_dir=cache_dir)
+    return load_dataset("parquet", data_files=named, cache_dir=cache_dir)

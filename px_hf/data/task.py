@@ -1,0 +1,235 @@
+"""From any dataset to a checked classification task: which column is what, which classes, which splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+
+from px_hf.errors import DataError
+
+from .split import Split
+
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_LABEL_NAMES = ("label", "labels")
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Class names in label order, and splits that share no example; `test` is None if there is none."""
+
+    labels: list[str]
+    train: Split
+    validation: Split
+    test: Split | None
+
+
+def classification_task(
+    raw: DatasetDict,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str = "train",
+    validation_split: str | None = None,
+    test_split: str | None = "test",
+    validation_share: float = 0.15,
+    seed: int = 0,
+) -> ClassificationTask:
+    """Finds columns by feature type, checks every label, takes a validation split off if there is none.
+
+    **Arguments:**
+    - `image_column`, `label_column`: by default the only column of that type, or among several the one
+      called `image`, `label` or `labels`. Labels are `ClassLabel`, integers 0..K-1, or strings, whose
+      sorted distinct training values become the classes.
+    - `validation_split`: its name; by default `validation`, `valid`, `val` or `dev`. Where there is none, a
+      seeded share `validation_share` of each class of the training split. The test split is never used.
+    - `test_split`: its name; a dataset without it has no test split; None ignores it.
+
+    **Raises** `DataError`: no such column or split, labels that are missing, not integers, negative or out
+    of range, a class without a training example.
+    """
+    if train_split not in raw:
+        raise DataError(f"No split {train_split!r} to train on; the dataset has {_listed(raw)}.")
+    if validation_split is None:
+        validation_split = next((name for name in _VALIDATION_NAMES if name in raw), None)
+    elif validation_split not in raw:
+        raise DataError(f"No split {validation_split!r} to validate on; the dataset has {_listed(raw)}.")
+
+    if len(raw[train_split]) == 0:
+        raise DataError(f"The training split {train_split!r} is empty.")
+
+    features = raw[train_split].features
+    image = find_image_column(features, image_column)
+    label = find_label_column(features, label_column)
+    labels = class_names(raw[train_split], label)
+
+    def split(name: str) -> Split:
+        rows = raw[name]
+        absent = {image, label} - set(rows.column_names)
+        if absent:
+            raise DataError(
+                f"Split {name!r} has no column {_listed(absent)}; it has {_listed(rows.column_names)}."
+            )
+        targets = read_labels(rows, label, labels, name)
+        undecoded = rows.cast_column(image, ImageFeature(decode=False)).select_columns([image])
+        return Split(name, undecoded, image, np.arange(len(rows)), targets)
+
+    train = split(train_split)
+    counts = np.bincount(train.labels, minlength=len(labels))
+    if not counts.all():
+        empty = [labels[k] for k in np.flatnonzero(counts == 0)]
+        raise DataError(
+            f"{len(empty)} of {len(labels)} classes have no example in the training split {train_split!r}: "
+            f"{_listed(empty)}. Add examples of them, or remove them from the label column's classes."
+        )
+    if validation_split is None:
+        train, validation = _split_off(train, labels, validation_share, seed)
+    else:
+        validation = split(validation_split)
+    test = split(test_split) if test_split is not None and test_split in raw else None
+    return ClassificationTask(labels, train, validation, test)
+
+
+def find_image_column(features: Features, name: str | None = None) -> str:
+    """The column of images. A named one may also hold paths or encoded bytes without the `Image` type."""
+    if name is not None:
+        _require(name, features, "image")
+        feature = features[name]
+        encoded = isinstance(feature, Value) and feature.dtype in ("string", "binary", "large_binary")
+        struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
+        if not (isinstance(feature, ImageFeature) or encoded or struct):
+            raise DataError(
+                f"Column {name!r} holds no images but {_described(feature)}. Columns: {_table(features)}."
+            )
+        return name
+    found = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
+    return _only(found, ("image", "images", "img"), "image", "of type Image", features)
+
+
+def find_label_column(features: Features, name: str | None = None) -> str:
+    """The column of classes: `ClassLabel` before integers before strings."""
+    if name is not None:
+        _require(name, features, "label")
+        if not any(accepts(features[name]) for accepts in (_is_class, _is_integer, _is_string)):
+            raise DataError(
+                f"Column {name!r} holds {_described(features[name])}, expected ClassLabel, integers or "
+                f"strings. Columns: {_table(features)}."
+            )
+        return name
+    for accepts in (_is_class, _is_integer, _is_string):
+        found = [column for column, feature in features.items() if accepts(feature)]
+        if found:
+            return _only(found, _LABEL_NAMES, "label", "of classes", features)
+    return _only([], _LABEL_NAMES, "label", "of type ClassLabel, integer or string", features)
+
+
+def class_names(rows: Dataset, column: str) -> list[str]:
+    """The classes that the label column of the training rows defines, in label order."""
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = [value for value in rows.unique(column) if value is not None]
+    if _is_string(feature):
+        return sorted(values)
+    return [str(k) for k in range(max(values, default=-1) + 1)]
+
+
+def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -> np.ndarray:
+    """The class of every row, int64 in [0, len(labels)). **Raises** `DataError` naming the first bad row."""
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel) and list(feature.names) != list(labels):
+        raise DataError(
+            f"Split {split!r} has other classes than the training split, or another order: "
+            f"{_listed(feature.names)} instead of {_listed(labels)}."
+        )
+    values = rows.with_format(None)[column][:]
+    if _is_string(feature):
+        known = {name: k for k, name in enumerate(labels)}
+        values = [None if value is None else known.get(value, value) for value in values]
+    elif not (_is_class(feature) or _is_integer(feature)):
+        raise DataError(
+            f"Column {column!r} of split {split!r} holds {_described(feature)}, expected class labels."
+        )
+    for row, value in enumerate(values):
+        if isinstance(value, int) and 0 <= value < len(labels):
+            continue
+        what = f"Label {value!r} in split {split!r} at index {row}"
+        if value is None:
+            raise DataError(f"{what}: the label is missing. Remove unlabelled examples.")
+        if isinstance(value, int) and value < 0:
+            raise DataError(
+                f"{what}: labels are classes 0 to {len(labels) - 1}. Negative labels usually mark a split "
+                "whose labels are not published: leave that split out."
+            )
+        raise DataError(
+            f"{what} is none of the {len(labels)} classes of the training split: {_listed(labels)}."
+        )
+    return np.asarray(values, dtype=np.int64)
+
+
+def _split_off(train: Split, labels: Sequence[str], share: float, seed: int) -> tuple[Split, Split]:
+    """The same share of every class, at least one example, chosen at random."""
+    if not 0 < share < 1:
+        raise DataError(f"The validation share is {share}, expected a number between 0 and 1.")
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(train), dtype=bool)
+    for k, name in enumerate(labels):
+        members = np.flatnonzero(train.labels == k)
+        if len(members) < 2:
+            raise DataError(
+                f"Class {name!r} has {len(members)} training example, too few to take a validation split "
+                "off: at least 2 of each class are needed. Add examples, or name a validation split."
+            )
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen[rng.permutation(members)[:count]] = True
+    return train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen))
+
+
+def _is_class(feature: object) -> bool:
+    return isinstance(feature, ClassLabel)
+
+
+def _is_integer(feature: object) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def _is_string(feature: object) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _require(name: str, features: Features, kind: str) -> None:
+    if name not in features:
+        raise DataError(f"No column {name!r} for the {kind}. Columns: {_table(features)}.")
+
+
+def _only(found: list[str], preferred: Sequence[str], kind: str, expected: str, features: Features) -> str:
+    """The only column found, or the one with the usual name."""
+    usual = found if len(found) == 1 else [column for column in found if column in preferred]
+    if len(usual) == 1:
+        return usual[0]
+    count = f"{len(found)} columns {_listed(found)} are" if found else "No column is"
+    raise DataError(
+        f"{count} {expected}, so the {kind} column is unclear. Columns: {_table(features)}. "
+        f"Name it with {kind}_column_name."
+    )
+
+
+def _table(features: Features) -> str:
+    return ", ".join(f"{column} ({_described(feature)})" for column, feature in features.items())
+
+
+def _described(feature: object) -> str:
+    if isinstance(feature, Value):
+        return feature.dtype
+    if isinstance(feature, ClassLabel):
+        return f"ClassLabel of {feature.num_classes}"
+    return type(feature).__name__
+
+
+def _listed(names: object, most: int = 12) -> str:
+    """`'a', 'b', ...`: the first of many."""
+    items = [repr(name) for name in names]  # type: ignore[attr-defined]
+    return ", ".join(items[:most]) + (f", ... ({len(items)} in all)" if len(items) > most else "")
