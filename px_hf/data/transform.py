@@ -26,10 +26,10 @@ class Preprocess:
         try:
             return self.processor(images, return_tensors="pt")["pixel_values"]
         except (ValueError, RuntimeError) as error:
-            sizes = sorted({image.size for image in images})
+            sizes = sorted({image.size for image in images})  # (width, height)
             raise DataError(
-                f"{type(self.processor).__name__} cannot make one batch of images of {len(sizes)} sizes "
-                f"(width, height), {sizes[0]} to {sizes[-1]}. If it does not resize, set do_resize and size in "
+                f"{type(self.processor).__name__} cannot make one batch of images of {len(sizes)} sizes, "
+                f"{sizes[0]} to {sizes[-1]}. If it does not resize, set do_resize and size in "
                 "the model's preprocessor_config.json."
             ) from error
 
