@@ -1,0 +1,50 @@
+"""What every criterion has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batches
+
+
+class Criterion(ABC):
+    """Scores weights; the lowest scores are pruned. Subclasses are frozen dataclasses.
+
+    Attributes:
+        iterative: whether pruning changes the scores of what remains, so that rounds matter.
+    """
+
+    iterative: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        prune_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """Score every prunable weight of ``model``, which is left untouched.
+
+        Args:
+            model: any module whose output is a tensor [N, K] or has ``.logits``.
+            batches: re-iterable of batches, see `px_hf.batches`; criteria that need no data ignore it.
+            masks: parameter name -> bool tensor (True = kept). The network is scored as if the
+                other weights were zero; a name that is absent is dense.
+            prune_head: also score the classifier head.
+
+        Returns:
+            Name in ``named_parameters()`` -> scores of the parameter's shape, non-negative, finite.
+        """
+
+
+def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """``weight`` with its pruned entries at zero, detached."""
+    weight = weight.detach()
+    return weight if mask is None else torch.where(mask.to(weight.device), weight, torch.zeros_like(weight))

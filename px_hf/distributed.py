@@ -1,0 +1,48 @@
+"""Which process is this, and how many are there?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's ``rank`` among ``world_size``."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def processes() -> Processes:
+    """The processes that work together: those of ``torch.distributed``, or this one alone.
+
+    Under a launcher (``WORLD_SIZE`` > 1) that nobody has connected to yet, Accelerate connects.
+
+    Raises:
+        LaunchError: the launcher started several processes but each believes to be the only one.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return Processes(dist.get_rank(), dist.get_world_size())
+    launched = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if launched > 1:
+        from accelerate import PartialState
+
+        state = PartialState()
+        if state.num_processes != launched:
+            raise LaunchError(
+                f"{launched} processes were launched (WORLD_SIZE={launched}) but Accelerate sees "
+                f"{state.num_processes}: each would work alone and write the same files. On CPU, run "
+                "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N script.py` or `ACCELERATE_USE_CPU=true "
+                "accelerate launch --multi_gpu --num_processes N script.py`; for one process, unset WORLD_SIZE."
+            )
+        return Processes(state.process_index, state.num_processes)
+    return Processes()

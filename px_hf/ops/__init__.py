@@ -1,0 +1,31 @@
+"""Path rules: what each operation does to path sums.
+
+`RULES` is the table; the families below fill it. `Tracer` applies it to a running network, and
+`Reading` says which factors of a path product are read.
+"""
+
+from __future__ import annotations
+
+from . import activation, arithmetic, attention, linear, norm, pooling, shape
+from .companions import ACTIVE, G, H, Paths, Reading, Weight
+from .registry import RULES, rule
+from .tracer import Tracer
+
+__all__ = [
+    "ACTIVE",
+    "RULES",
+    "G",
+    "H",
+    "Paths",
+    "Reading",
+    "Tracer",
+    "Weight",
+    "activation",
+    "arithmetic",
+    "attention",
+    "linear",
+    "norm",
+    "pooling",
+    "rule",
+    "shape",
+]  # fmt: skip

@@ -1,0 +1,84 @@
+"""Sums and elementwise products.
+
+=============================== ================= ==================================
+op                              h                 g
+=============================== ================= ==================================
+x + y, x − y                    the same sum      the same sum
+γ x with a parameter γ          identity          γ²
+c x with a fixed c              abs(c)            abs(c)
+x ⊙ gate                        gate²             credit to the gate, see ops/gates
+=============================== ================= ==================================
+
+A constant summand (bias, position embedding) starts no path. In a product of two activations the
+one that comes from a bounded function gates the other, else the one from any activation function,
+else the second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call, times
+from .companions import Flow, Gate
+from .registry import rule, variants
+
+
+def _shaped(s: Any, out: Tensor) -> Any:
+    return s.expand(out.shape) if isinstance(s, Tensor) and s.shape != out.shape else s
+
+
+@rule(*variants("add", "sub", "subtract"), torch.Tensor.__radd__, torch.Tensor.__rsub__)
+def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Flow | Gate:
+    out: Tensor = call.out
+    if call.is_gate(x) or call.is_gate(y):
+        # Frozen logits plus something, such as a relative position term q·r: still frozen logits.
+        gate = call.companion(x) if call.is_gate(x) else call.companion(y)
+        assert isinstance(gate, Gate)
+        return gate
+    weight = call.fixed(alpha)
+    if call.has_paths(x) and call.has_paths(y):
+        return call.flow(lambda a, b: a + (b if weight == 1 else weight * b), x, y)
+    if call.has_paths(x):
+        return call.flow(lambda s: _shaped(s, out), x)
+    return call.flow(lambda s: _shaped(s if weight == 1 else weight * s, out), y)
+
+
+@rule(*variants("neg", "negative"))
+def neg(call: Call, x: Tensor) -> Flow:
+    return call.flow(lambda s: s, x)
+
+
+def _gating_order(call: Call, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two activations: the one on the value path, the one that gates it."""
+    return (y, x) if call.gating(x) > call.gating(y) else (x, y)
+
+
+@rule(*variants("mul", "multiply"), torch.Tensor.__rmul__, reads_input=True)
+def mul(call: Call, x: Any, y: Any) -> Flow:
+    out: Tensor = call.out
+    if not call.has_paths(x) or call.is_gate(x):
+        x, y = y, x
+    if call.has_paths(y):
+        x, y = _gating_order(call, x, y)
+    if call.has_paths(y) or call.is_gate(y):
+        gate2, credit = call.gate(y), call.credit(y, x)
+        return call.flow(lambda s: _shaped(times(s, gate2, credit), out), x)
+    scale = call.scale(y)
+    return call.flow(lambda s: _shaped(s if scale is None else s * scale, out), x)
+
+
+@rule(*variants("div", "divide", "true_divide"), reads_input=True)
+def div(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Flow:
+    if rounding_mode is not None:
+        raise NotImplementedError(f"rounding_mode={rounding_mode!r}")
+    if not call.has_paths(x):
+        raise NotImplementedError("a divisor that paths lead to and a numerator that none leads to")
+    out: Tensor = call.out
+    if call.has_paths(y) or call.is_gate(y):
+        gate2 = call.gate(1 / y)
+        return call.flow(lambda s: _shaped(times(s, gate2), out), x)
+    factor = call.fixed(1 / y)
+    return call.flow(lambda s: _shaped(s * factor, out), x)

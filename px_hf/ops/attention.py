@@ -1,0 +1,176 @@
+"""Attention: the pattern softmax(QKᵀ) is frozen, paths run through the values.
+
+================================ ===================== =======================
+op                               h                     g
+================================ ===================== =======================
+A V, with A softmax(QKᵀ) frozen  N·A∘A on the values   mean over the N tokens
+================================ ===================== =======================
+
+N·A∘A·(1/N) = A∘A is what one stream carries. The weights behind Q and K share the flow of their
+head by conservation, see `px_hf.ops.gates`: u = q̃·k̃, the product of the path sums of queries and
+keys, each averaged over tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import Call
+from .companions import Flow, Gate, Paths
+from .gates import branch, unit_gain
+from .linear import matrix_product
+from .registry import decomposition, rule, variants
+
+
+def _mix(call: Call, pattern: Tensor, credit: Tensor | None, values: Tensor) -> Flow:
+    """``pattern @ values`` with the pattern frozen."""
+    tokens = pattern.shape[-1]
+    squared = call.gate(pattern)
+    if squared is not None and not call.reading.weights:
+        squared = squared * tokens
+
+    def fn(s: Tensor) -> Tensor:
+        if credit is not None and credit.shape[-2:] == (1, 1):
+            s = s * credit
+        if squared is not None:
+            mixed = squared if credit is None or credit.shape[-2:] == (1, 1) else squared * credit
+            return mixed @ s
+        if credit is not None and credit.shape[-2:] != (1, 1):
+            return (credit.expand(pattern.shape) / tokens) @ s
+        return s.mean(-2, keepdim=True).expand(*s.shape[:-2], pattern.shape[-2], s.shape[-1])
+
+    return call.flow(fn, values)
+
+
+def _scores(query: Paths, key: Paths, key_transposed: bool) -> Gate:
+    """The companion of Q Kᵀ: u of each head, [..., 1, 1]."""
+
+    def source(trunk: Paths) -> Tensor:
+        q = branch(query, trunk).mean(-2, keepdim=True)
+        k = branch(key, trunk)
+        k = k.mean(-1, keepdim=True) if key_transposed else k.mean(-2, keepdim=True).mT
+        return q @ k
+
+    return Gate((source,))
+
+
+@rule(*variants("matmul", "bmm"), torch.Tensor.__rmatmul__)
+def matmul(call: Call, a: Tensor, b: Tensor) -> Flow | Gate:
+    if call.op is torch.Tensor.__rmatmul__:
+        a, b = b, a
+    first, second = call.companion(a), call.companion(b)
+    if isinstance(first, Paths) and isinstance(second, Paths):
+        return _scores(first, second, key_transposed=True)
+    if isinstance(first, Gate):
+        return _mix(call, a, call.credit(a, b), b)
+    if isinstance(second, Gate):
+        credit = call.credit(b, a)
+        flow = _mix(call, b.mT, None if credit is None else credit.mT, a)
+        inner = flow.fn
+        return call.flow(lambda s: inner(s.mT).mT, a)  # type: ignore[union-attr]
+    return matrix_product(call, a, b)
+
+
+@rule(*variants("softmax"))
+def softmax(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Gate:
+    """Weights that the activations themselves compute, as in attention pooling: a gate."""
+    paths = call.companion(input)
+    assert isinstance(paths, Paths)
+    return Gate((lambda trunk: branch(paths, trunk),))
+
+
+@rule(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Flow:
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        raise NotImplementedError("grouped queries")
+    if not call.has_paths(value):
+        raise NotImplementedError("values that no path leads to")
+    pattern = query.new_empty(()).expand(*query.shape[:-1], key.shape[-2])
+    if call.reading.gates:
+        logits = (query @ key.mT).to(call.dtype) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            closed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+            logits = logits.masked_fill(closed, -torch.inf)
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                logits = logits.masked_fill(~attn_mask, -torch.inf)
+            else:
+                logits = logits + attn_mask
+        pattern = logits.softmax(-1)
+    credit = None
+    q, k, v = call.companion(query), call.companion(key), call.companion(value)
+    if call.reading.weights and isinstance(q, Paths) and isinstance(k, Paths) and isinstance(v, Paths):
+        credit = unit_gain(_scores(q, k, key_transposed=False), v)
+    return _mix(call, pattern, credit, value)
+
+
+@decomposition(F.multi_head_attention_forward)
+def multi_head_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """torch.nn.MultiheadAttention, [tokens, batch, channels], from projections and attention."""
+    unusual = {
+        "bias_k": bias_k,
+        "bias_v": bias_v,
+        "key_padding_mask": key_padding_mask,
+        "static_k": static_k,
+        "static_v": static_v,
+    }
+    given = [name for name, item in unusual.items() if item is not None]
+    if given or add_zero_attn:
+        raise NotImplementedError(f"torch.nn.MultiheadAttention with {', '.join(given) or 'add_zero_attn'}")
+    if use_separate_proj_weight:
+        weights = [w for w in (q_proj_weight, k_proj_weight, v_proj_weight) if w is not None]
+    else:
+        assert in_proj_weight is not None
+        weights = list(in_proj_weight.chunk(3))
+    biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
+
+    def heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        return y.reshape(y.shape[0], y.shape[1], num_heads, -1).permute(1, 2, 0, 3)
+
+    q, k, v = (heads(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.reshape(q.shape[0], num_heads, *attn_mask.shape[1:])
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal and attn_mask is None)
+    merged = mixed.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+    return F.linear(merged, out_proj_weight, out_proj_bias), None

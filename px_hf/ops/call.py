@@ -1,0 +1,120 @@
+"""One call of an operation, as its rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .companions import Companion, Derived, Flow, Gate, Paths, Reading, Weight
+from .gates import unit_gain
+
+
+class Call:
+    """What a rule may ask about the operation that it describes.
+
+    Attributes:
+        op: the operation.
+        out: what it returned.
+        reading: which factors of a path product are read.
+        dtype: dtype of the path sums.
+    """
+
+    def __init__(
+        self,
+        op: Callable[..., Any],
+        out: Any,
+        reading: Reading,
+        dtype: torch.dtype,
+        found: Mapping[int, Companion],
+    ) -> None:
+        self.op = op
+        self.out = out
+        self.reading = reading
+        self.dtype = dtype
+        self._found = found
+
+    def companion(self, value: Any) -> Companion | None:
+        return self._found.get(id(value))
+
+    def has_paths(self, value: Any) -> bool:
+        """Whether ``value`` is an activation that paths lead to."""
+        return isinstance(self.companion(value), Paths)
+
+    def is_gate(self, value: Any) -> bool:
+        """Whether ``value`` is frozen, such as an attention pattern."""
+        return isinstance(self.companion(value), Gate)
+
+    def gating(self, value: Any) -> int:
+        """How much an activation looks like a gate, see `Paths.gating`."""
+        companion = self.companion(value)
+        return companion.gating if isinstance(companion, Paths) else 0
+
+    def flow(
+        self,
+        fn: Callable[..., Any],
+        *operands: Tensor,
+        weight: Tensor | None = None,
+        sliced: bool = False,
+        gating: int = 0,
+    ) -> Flow:
+        """The result's path sums are ``fn`` of the path sums of ``operands`` (and of ``weight``)."""
+        return Flow(fn, operands, weight, sliced, gating)
+
+    def weight(self, value: Tensor) -> Tensor:
+        """What a path multiplies at a matrix or kernel: θ², or its mask where weights are not read.
+
+        A matrix that is no parameter (a fixed blur kernel, say) is fixed: see `fixed`.
+        """
+        companion = self.companion(value)
+        if isinstance(companion, Weight):
+            if companion.path is not None:
+                return companion.path.to(self.dtype)
+            return torch.ones(value.shape, dtype=self.dtype, device=value.device)
+        if isinstance(companion, Derived):
+            raise NotImplementedError(f"a weight computed by {companion.name}")
+        return self.fixed(value)
+
+    def fixed(self, coefficient: Any) -> Any:
+        """A coefficient c that is neither data nor a weight, such as the 1/n of an average.
+
+        |c| in h and in g, so that R = h·g holds c²; c² where one stream carries both.
+        """
+        if isinstance(coefficient, Tensor):
+            coefficient = coefficient.detach().to(self.dtype)
+        both = self.reading.gates and self.reading.weights
+        return coefficient * coefficient if both else abs(coefficient)
+
+    def scale(self, value: Any) -> Tensor | None:
+        """What a path multiplies at an elementwise parameter γ: γ², or nothing (None) where weights
+        are not read. A factor that is no parameter is fixed."""
+        companion = self.companion(value)
+        if isinstance(companion, Weight):
+            return companion.path if self.reading.weights else None
+        return self.fixed(value)
+
+    def gate(self, value: Tensor) -> Tensor | None:
+        """What a path multiplies at a frozen factor of the given value: its square, or nothing
+        (None) where gates are not read. 0-dim to full shape, in the dtype of the path sums."""
+        return value.detach().to(self.dtype).square() if self.reading.gates else None
+
+    def credit(self, gate: Tensor, value: Tensor) -> Tensor | None:
+        """A factor 1 that hands the flow through ``value`` to the weights that made ``gate``.
+
+        See `px_hf.ops.gates`. None where weights are not read. Broadcasts to the shape of ``gate``.
+        """
+        if not self.reading.weights:
+            return None
+        trunk = self.companion(value)
+        assert isinstance(trunk, Paths)
+        return unit_gain(self.companion(gate), trunk)
+
+
+def times(stream: Tensor, *factors: Tensor | None) -> Tensor:
+    """The product of a stream and those factors that are read."""
+    for factor in factors:
+        if factor is not None:
+            stream = stream * factor
+    return stream

@@ -1,0 +1,131 @@
+"""What a tensor of the running network means to the paths that cross it.
+
+While a network runs at an input x, every tensor in it may have a *companion*:
+
+========== ==================================================================================
+`Paths`    an activation: the path sum of each of its entries
+`Gate`     a factor that is frozen at its value, such as an attention pattern softmax(QKᵀ):
+           no path leads through it, but it knows whose product it is
+`Weight`   a parameter, or a view of one: the reading of it that paths multiply
+`UNKNOWN`  the result of an operation without a rule, or of anything after it
+========== ==================================================================================
+
+A tensor without a companion is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+Linear = Callable[..., Tensor]
+"""A map that is linear in its positional tensor arguments: what an op does to path sums."""
+
+
+@dataclass(eq=False)
+class Paths:
+    """The path sums of an activation: ``data * 2**exponent``, entry by entry, non-negative.
+
+    ``data`` has the shape of the activation, in float32 (float64 in a float64 model); ``exponent`` is
+    a whole number in a 0-dimensional tensor, so that sums over the paths of a deep network, which
+    overflow even float64, stay in range, and no device has to be waited for.
+
+    The other fields describe how the sums came about, so that a gate can be computed again with its
+    inputs held constant (`px_hf.ops.gates`); they are empty where no gradient is wanted.
+    """
+
+    data: Tensor
+    exponent: Tensor
+    parents: tuple[Paths, ...] = ()
+    replay: Linear | None = None
+    weighted: bool = False
+    sliced: bool = False
+    gating: int = 0
+    """How much the activation looks like a gate: 2 after a bounded function, 1 after another
+    activation, 0 otherwise. In a product of two activations the higher one gates the other."""
+
+
+Source = Callable[[Paths], Tensor]
+"""Given the value paths that a gate multiplies: the path sums whose product the gate is."""
+
+
+@dataclass(eq=False)
+class Gate:
+    """A factor that is frozen at its value. ``sources`` broadcast to the shape of the tensor."""
+
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(eq=False)
+class Weight:
+    """A parameter, or a reshaped parameter, as paths see it.
+
+    ``path`` is what a path multiplies: θ² where weights are read, the boolean mask otherwise
+    (``None`` stands for all ones). ``mask``, where there is one, has yet to be applied to the value.
+    """
+
+    path: Tensor | None
+    mask: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Derived:
+    """Computed from parameters by ``name``, which has no rule for parameters: a constant to an
+    elementwise product, an unknown operation to a convolution."""
+
+    name: str
+
+
+class _Unknown:
+    pass
+
+
+UNKNOWN: Final = _Unknown()
+
+Companion = Paths | Gate | Weight | Derived | _Unknown
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which factors of a path product are read.
+
+    ======== ===== ======= ========================================================
+    reading  gates weights path product
+    ======== ===== ======= ========================================================
+    `H`      yes   no      squared gates, weights replaced by their mask: h(x², 1, a)
+    `G`      no    yes     squared weights, all gates open: g(1, θ²)
+    `ACTIVE` yes   yes     both: h(x², θ², a)
+    ======== ===== ======= ========================================================
+    """
+
+    gates: bool
+    weights: bool
+
+
+H: Final = Reading(gates=True, weights=False)
+G: Final = Reading(gates=False, weights=True)
+ACTIVE: Final = Reading(gates=True, weights=True)
+
+
+@dataclass
+class Flow:
+    """What an op does to path sums: ``fn`` applied to those of ``operands``.
+
+    With ``weight``, ``fn`` takes it as its last argument and is linear in that too, which lets the
+    tracer keep the sums in range by scaling the weight rather than the activations.
+    """
+
+    fn: Callable[..., Tensor | Sequence[Tensor]]
+    operands: tuple[Tensor, ...]
+    weight: Tensor | None = None
+    sliced: bool = False
+    gating: int = field(default=0)
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2**exponent, exactly, in ``dtype``; 0 or inf outside its range."""
+    return torch.ldexp(torch.ones((), dtype=dtype, device=exponent.device), exponent)

@@ -1,0 +1,75 @@
+"""Scores for the weights behind a gate: the queries and keys of attention, a squeeze-excite branch.
+
+A gate is frozen at its value, so no value path runs through the weights that computed it and Eq. 9
+alone would prune them first. They are scored by conservation: the value path is multiplied by
+
+    u / stop_gradient(u),      u = the path sum of the gate's own branch (q̃·k̃ for attention),
+
+which is 1 and changes no path sum, but whose gradient in log u is the flow that the gate lets
+through. The branch's weights share exactly that flow, each factor of a product (Q and K) receiving
+all of it. The branch is computed again from where it leaves the value path, with its input held
+constant, so that no weight upstream is counted twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .companions import Companion, Gate, Paths
+
+
+def unit_gain(gate: Companion | None, trunk: Paths) -> Tensor | None:
+    """u / stop_gradient(u) for the gate's sources, 1 where u is 0; None if there is nothing to credit.
+
+    ``trunk`` holds the value paths that the gate multiplies.
+    """
+    if isinstance(gate, Paths):  # an activation that acts as a gate is its own source
+        sources = [branch(gate, trunk)]
+    elif isinstance(gate, Gate):
+        sources = [source(trunk) for source in gate.sources]
+    else:
+        return None
+    factor: Tensor | None = None
+    for u in sources:
+        if u.requires_grad:
+            held = u.detach()
+            one = torch.where(held > 0, u / held.where(held > 0, 1.0), 1.0)
+            factor = one if factor is None else factor * one
+    return factor
+
+
+def branch(paths: Paths, trunk: Paths) -> Tensor:
+    """The path sums of ``paths``, computed again from where its branch leaves ``trunk``.
+
+    Walking up from ``paths``, the branch starts at the first activation that ``trunk`` also comes
+    from, provided that a weight lies between; a fused projection (q, k and v as slices of one
+    product) lies above that activation but still belongs to the branch. The result equals
+    ``paths.data`` up to a power of two.
+    """
+    shared = _ancestors(trunk)
+    known: dict[tuple[int, bool], Tensor] = {}
+
+    def visit(node: Paths, below_weight: bool, below_slice: bool) -> Tensor:
+        start = node in shared and (below_weight or not below_slice)
+        if start or node.replay is None:
+            return node.data.detach()
+        key = (id(node), below_weight)
+        if key not in known:
+            inputs = [visit(p, below_weight or node.weighted, below_slice or node.sliced) for p in node.parents]
+            known[key] = node.replay(*inputs)
+        return known[key]
+
+    return visit(paths, False, False)
+
+
+def _ancestors(paths: Paths) -> set[Paths]:
+    """``paths`` and everything that it was computed from."""
+    seen = {paths}
+    stack = [paths]
+    while stack:
+        for parent in stack.pop().parents:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return seen

@@ -1,0 +1,114 @@
+"""Operations that only move entries about, or leave them alone: the same op on the path sums.
+
+Also dropout and drop-path, which are off in eval mode. These rules hold for parameters and for
+frozen gates too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .call import Call
+from .companions import Flow
+from .registry import rule, variants
+
+_MOVES = variants(
+    "reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "ravel",
+    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint",
+    "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile",
+    "narrow", "select", "index_select", "roll", "flip", "rot90", "diagonal",
+    "contiguous", "clone", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold",
+)  # fmt: skip
+_ATTRIBUTES = [
+    getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")
+]  # fmt: skip
+_SLICES = variants("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit")
+
+
+@rule(*_MOVES, *_ATTRIBUTES, shape=True)
+def move(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
+    op = call.op
+    return call.flow(lambda s: op(s, *args, **kwargs), input, gating=call.gating(input))
+
+
+@rule(*_SLICES, torch.Tensor.__getitem__, torch.Tensor.__iter__, shape=True)
+def take(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
+    op = call.op
+
+    def fn(s: Tensor) -> Any:
+        taken = op(s, *args, **kwargs)
+        return taken if isinstance(taken, (Tensor, list, tuple)) else list(taken)
+
+    return call.flow(fn, input, sliced=True, gating=call.gating(input))
+
+
+@rule(
+    *variants("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "detach"),
+    *variants("float", "double", "half", "bfloat16", "type", "type_as", "to", "cpu", "cuda"),
+    *(getattr(torch.Tensor, name).__get__ for name in ("data", "real")),
+    shape=True,
+)
+def leave(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
+    device = call.out.device
+    return call.flow(lambda s: s.to(device), input, gating=call.gating(input))
+
+
+@rule(F.pad, torch._C._nn.pad, shape=True)
+def pad(call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Flow:
+    return call.flow(lambda s: F.pad(s, pad, mode), input)
+
+
+@rule(*variants("cat", "concat", "concatenate", "stack", "hstack", "vstack"), shape=True)
+def cat(call: Call, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Flow:
+    op = call.op
+    # Beside an activation, a parameter (a class token) is a constant and starts no path.
+    activations = any(call.has_paths(t) for t in tensors)
+    carries = [call.has_paths(t) if activations else call.companion(t) is not None for t in tensors]
+    carrying = [t for t, carried in zip(tensors, carries, strict=True) if carried]
+    shapes = [t.shape for t in tensors]
+    device = call.out.device
+
+    def fn(*streams: Tensor) -> Tensor:
+        given = iter(streams)
+        parts = [
+            next(given) if carried else torch.zeros(shape, dtype=call.dtype, device=device)
+            for carried, shape in zip(carries, shapes, strict=True)
+        ]
+        result: Tensor = op(parts, *args, **kwargs)
+        return result
+
+    return call.flow(fn, *carrying)
+
+
+@rule(torch.Tensor.__setitem__)
+def setitem(call: Call, target: Tensor, index: Any, value: Any) -> Flow:
+    """``target[index] = value``: also where only one of them carries paths."""
+
+    def write(a: Tensor, b: Tensor | float) -> Tensor:
+        written = a.clone()
+        written[index] = b
+        return written
+
+    shape, device = target.shape, target.device
+    if call.has_paths(target) and call.has_paths(value):
+        return call.flow(write, target, value)
+    if call.has_paths(target):
+        return call.flow(lambda a: write(a, 0.0), target)
+    return call.flow(lambda b: write(torch.zeros(shape, dtype=call.dtype, device=device), b), value)
+
+
+@rule(*variants("masked_fill"), shape=True)
+def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Flow:
+    return call.flow(lambda s: s.masked_fill(mask, 0.0), input)
+
+
+@rule(F.interpolate, F.upsample, shape=True)
+def interpolate(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
+    if (kwargs.get("mode") or (args[2] if len(args) > 2 else "nearest")) == "bicubic":
+        raise NotImplementedError("mode='bicubic', whose coefficients change sign")
+    return call.flow(lambda s: F.interpolate(s, *args, **kwargs), input)

@@ -1,0 +1,303 @@
+"""Follow path sums through a running network, op by op.
+
+`Tracer` is a ``torch.overrides.TorchFunctionMode``: every function and method of torch that the
+network calls on a tensor passes through it, including attention, residual additions and
+concatenation that module hooks never see. Each call first runs as it is, on the network's own
+values; then its rule says what it does to the path sums that accompany them. The model is not
+changed, not even for the time of the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..errors import UnsupportedOpError
+from .call import Call
+from .companions import UNKNOWN, Companion, Derived, Flow, Gate, Linear, Paths, Reading, Source, Weight, power_of_two
+from .registry import DECOMPOSITIONS, READS_INPUT, RULES, SHAPE_OPS
+
+
+class Tracer(TorchFunctionMode):
+    """``with Tracer(...) as tracer: model(x)`` computes path sums beside the values.
+
+    Args:
+        model: names the modules in error messages.
+        reading: which factors of a path product are read.
+        weights: parameter -> `Weight`. Masks in it are applied to the values as they are used.
+        dtype: of the path sums.
+
+    Raises:
+        UnsupportedOpError: on leaving, if there were operations without a rule; lists all of them.
+    """
+
+    def __init__(
+        self, model: nn.Module, reading: Reading, weights: Mapping[Tensor, Weight], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.reading = reading
+        self.dtype = dtype
+        self._companions = WeakTensorKeyDictionary()
+        for parameter, weight in weights.items():
+            self._companions[parameter] = weight
+        self._unknown: dict[str, dict[str, None]] = {}
+        self._modules: list[str] = []
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Tracer:
+        def push(module: nn.Module, _: Any) -> None:
+            self._modules.append(self._names.get(id(module), type(module).__name__))
+
+        def pop(module: nn.Module, _: Any, __: Any) -> None:
+            if self._modules:
+                self._modules.pop()
+
+        self._hooks = [register_module_forward_pre_hook(push), register_module_forward_hook(pop)]
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        for hook in self._hooks:
+            hook.remove()
+        if kind is None and self._unknown:
+            raise UnsupportedOpError(self._message())
+
+    def start(self, value: Tensor, data: Tensor) -> None:
+        """Paths start at ``value``, with path sums ``data``."""
+        self._companions[value] = Paths(data, torch.zeros((), dtype=torch.int32, device=data.device))
+
+    def paths(self, value: Tensor) -> Paths | None:
+        """The path sums that arrived at ``value``."""
+        companion = self._companions.get(value)
+        return companion if isinstance(companion, Paths) else None
+
+    # ---------------------------------------------------------------------------------- one call
+
+    def __torch_function__(
+        self,
+        op: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        found: dict[int, Companion] = {}
+        for tensor in _tensors((args, kwargs)):
+            companion = self._companions.get(tensor)
+            if companion is not None:
+                found[id(tensor)] = companion
+        if not found:
+            return op(*args, **kwargs)
+        alive = any(isinstance(c, Paths) for c in found.values())
+        if alive and op in DECOMPOSITIONS:
+            with self:
+                return DECOMPOSITIONS[op](*args, **kwargs)
+
+        args, kwargs = self._with_masks(args, kwargs, found)
+        rule_args = args
+        if alive and op in READS_INPUT and _in_place(op, args, kwargs):
+            rule_args = (args[0].clone(), *args[1:])
+            found[id(rule_args[0])] = found.get(id(args[0]), UNKNOWN)
+        out = op(*args, **kwargs)
+        target = args[0] if op is torch.Tensor.__setitem__ else out
+        if not any(t.is_floating_point() for t in _tensors(target)):
+            return out
+        with torch.set_grad_enabled(self.reading.weights), _full_precision(target):
+            result = self._result(op, target, found, rule_args, kwargs)
+        self._attach(target, result)
+        return out
+
+    def _result(
+        self,
+        op: Callable[..., Any],
+        out: Any,
+        found: dict[int, Companion],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Companion | list[Companion] | None:
+        """The companion of what ``op`` returned."""
+        kinds = {type(c) for c in found.values()}
+        alive = Paths in kinds
+        rule = RULES.get(op)
+        if alive and rule is None:
+            return self._record(resolve_name(op) or repr(op))
+        if type(UNKNOWN) in kinds:
+            return UNKNOWN
+        call = Call(op, out, self.reading, self.dtype, found)
+        if alive:
+            assert rule is not None
+            try:
+                result = rule(call, *args, **kwargs)
+            except NotImplementedError as error:
+                return self._record(f"{resolve_name(op) or op!r} with {error}")
+            return self._run(result, found) if isinstance(result, Flow) else result
+        if op in SHAPE_OPS:
+            assert rule is not None
+            flow = rule(call, *args, **kwargs)
+            assert isinstance(flow, Flow)
+            return self._reshaped(flow, found, out)
+        if Gate in kinds:
+            return Gate(tuple(s for c in found.values() if isinstance(c, Gate) for s in c.sources))
+        return Derived(resolve_name(op) or repr(op))
+
+    def _run(self, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
+        """Apply a rule's linear map to the path sums of its operands."""
+        parents: list[Paths] = []
+        for operand in flow.operands:
+            companion = found[id(operand)]
+            assert isinstance(companion, Paths)
+            parents.append(companion)
+        exponent = parents[0].exponent
+        factors: list[Tensor | None] = [None] * len(parents)
+        if any(p.exponent is not exponent for p in parents):
+            exponent = torch.stack([p.exponent for p in parents]).amax()
+            factors = [power_of_two(p.exponent - exponent, self.dtype) for p in parents]
+        weight = flow.weight
+        if weight is not None:  # a product with a weight is where sums grow: bring its input to [0, 1]
+            shift = torch.frexp(parents[0].data.detach().amax()).exponent
+            weight = weight * power_of_two(-shift, self.dtype)
+            exponent = exponent + shift
+
+        def replay(*data: Tensor) -> Any:
+            scaled = [d if f is None else d * f for d, f in zip(data, factors, strict=True)]
+            return flow.fn(*scaled) if weight is None else flow.fn(*scaled, weight)
+
+        keep = self.reading.weights
+        data = replay(*(p.data for p in parents))
+
+        def paths(data: Tensor, replay: Linear) -> Paths:
+            past, step = (tuple(parents), replay) if keep else ((), None)
+            return Paths(data, exponent, past, step, flow.weight is not None, flow.sliced, flow.gating)
+
+        if isinstance(data, Tensor):
+            return paths(data, replay)
+        return [paths(d, lambda *s, i=i: replay(*s)[i]) for i, d in enumerate(data)]
+
+    def _reshaped(self, flow: Flow, found: Mapping[int, Companion], out: Any) -> Companion | list[Companion] | None:
+        """A parameter, or a gate, whose entries are only moved about."""
+        companions = [found.get(id(operand)) for operand in flow.operands]
+        one = companions[0]
+        if all(isinstance(c, Weight) for c in companions):
+            moved = flow.fn(*(self._path_of(operand, found) for operand in flow.operands))
+            return Weight(moved) if isinstance(moved, Tensor) else [Weight(m) for m in moved]
+        if len(companions) == 1 and isinstance(one, Gate):
+            shape = flow.operands[0].shape
+            if isinstance(out, Tensor):
+                return Gate(tuple(_moved(source, shape, flow.fn) for source in one.sources))
+            pieces = [lambda u, i=i: flow.fn(u)[i] for i, _ in enumerate(_tensors(out))]
+            return [Gate(tuple(_moved(source, shape, piece) for source in one.sources)) for piece in pieces]
+        if any(isinstance(c, Gate) for c in companions):
+            return Gate(tuple(s for c in companions if isinstance(c, Gate) for s in c.sources))
+        return Derived("a mixture of parameters and constants")
+
+    def _path_of(self, value: Tensor, found: Mapping[int, Companion]) -> Tensor:
+        weight = found[id(value)]
+        assert isinstance(weight, Weight)
+        return torch.ones(value.shape, dtype=self.dtype, device=value.device) if weight.path is None else weight.path
+
+    # ------------------------------------------------------------------------------- bookkeeping
+
+    def _with_masks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], found: dict[int, Companion]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with pruned weights at zero."""
+        masked: dict[int, Tensor] = {}
+        for tensor in _tensors((args, kwargs)):
+            weight = found.get(id(tensor))
+            if isinstance(weight, Weight) and weight.mask is not None and id(tensor) not in masked:
+                zeroed = tensor.detach() * weight.mask
+                masked[id(tensor)] = zeroed
+                found[id(zeroed)] = Weight(weight.path)
+        if not masked:
+            return args, kwargs
+
+        def replace(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return masked.get(id(value), value)
+            if isinstance(value, (list, tuple)) and any(True for _ in _tensors(value)):
+                return type(value)(replace(v) for v in value)
+            return value
+
+        return tuple(replace(a) for a in args), {k: replace(v) for k, v in kwargs.items()}
+
+    def _attach(self, out: Any, result: Companion | Sequence[Companion] | None) -> None:
+        tensors = list(_tensors(out))
+        results = list(result) if isinstance(result, Sequence) else [result] * len(tensors)
+        for tensor, companion in zip(tensors, results, strict=True):
+            if isinstance(companion, Paths) and companion.data.shape != tensor.shape:
+                raise AssertionError(
+                    f"path sums of shape {tuple(companion.data.shape)} for a value of shape {tuple(tensor.shape)} "
+                    f"in {self._where()}: the rule of this operation is wrong"
+                )
+            if companion is None:
+                self._companions.pop(tensor, None)
+            else:
+                self._companions[tensor] = companion
+
+    def _record(self, name: str) -> Companion:
+        self._unknown.setdefault(name, {})[self._where()] = None
+        return UNKNOWN
+
+    def _where(self) -> str:
+        return (self._modules[-1] if self._modules else "") or "the model itself"
+
+    def _message(self) -> str:
+        lines = []
+        for name, modules in self._unknown.items():
+            shown = ", ".join(list(modules)[:5]) + (f" and {len(modules) - 5} more" if len(modules) > 5 else "")
+            lines.append(f"  {name}  in {shown}")
+        return (
+            f"{len(self._unknown)} operation(s) of this model have no path rule, so PX cannot score it:\n"
+            + "\n".join(lines)
+            + "\nA rule says what an operation does to path sums; see CONTRIBUTING.md, 'A new op rule'. "
+            "Criteria that need no path sums (Magnitude, Random) work on this model."
+        )
+
+
+def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
+    return lambda trunk: fn(source(trunk).expand(shape))
+
+
+def _full_precision(out: Any) -> Any:
+    """Path sums are never rounded to the autocast dtype."""
+    kind = next(_tensors(out)).device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _in_place(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(op, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    if kwargs.get("inplace"):
+        return True
+    if len(args) < 2:
+        return False
+    try:
+        bound = inspect.signature(op).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return False
+    return bool(bound.arguments.get("inplace"))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

@@ -1,0 +1,111 @@
+"""Prune: score, select, repeat. The only orchestration in the package."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batches import Batches
+from .criteria import Criterion
+from .distributed import processes
+from .errors import InvalidArgumentError, TargetError
+from .masks import Masks
+from .select import SCOPES, check_sparsity, select
+from .targets import prunable, unwrap
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches,
+    criterion: Criterion,
+    *,
+    sparsity: float,
+    rounds: int = 100,
+    scope: str = "global",
+    prune_head: bool = False,
+    progress: bool = True,
+) -> Masks:
+    """Find the masks of a sparse subnetwork of ``model``, which is left untouched.
+
+    In round t of T the network masked so far is scored, and the best fraction
+    ``(1 - sparsity)^(t/T)`` of its weights is kept; a weight once pruned stays pruned.
+
+    ```python
+    masks = px.prune(model, loader, px.PX(), sparsity=0.9)
+    masks.apply_(model)
+    ```
+
+    Under ``accelerate launch`` or ``torchrun`` call it on every process with the same model and the
+    same batches (not a DataLoader that Accelerate has already split): each process scores its share
+    of them, and all end with the masks that one process would find.
+
+    Args:
+        model: any module whose output is a tensor [N, K] or has ``.logits``.
+        batches: re-iterable of calibration batches: tensors [N, C, H, W], pairs (images, labels), or
+            mappings with ``pixel_values`` and, where the criterion needs them, ``labels``.
+        criterion: what to score by, for example ``PX()``, ``Magnitude()``.
+        sparsity: fraction of the prunable weights to prune, in [0, 1).
+        rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
+        scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike.
+        prune_head: also prune the classifier head.
+        progress: show a bar over the rounds, on the main process.
+
+    Returns:
+        Masks over the prunable weights, with ``round(sparsity · weights)`` pruned.
+
+    Raises:
+        InvalidArgumentError: a setting outside its range.
+        TargetError: no prunable weights, or weights that no path reaches.
+        DataError: ``batches`` is empty, can be read only once, or is malformed.
+        UnsupportedOpError: the criterion does not know an operation of the model.
+        NonFiniteError: the model's output or a score is not finite.
+        LaunchError: several processes that do not know of each other.
+    """
+    _validate(criterion, sparsity, rounds, scope)
+    model = unwrap(model)
+    targets = prunable(model, prune_head)
+    _require_finite(targets)
+    group = processes()
+    rounds = rounds if criterion.iterative else 1
+    masks: Masks | None = None
+    for t in tqdm(range(1, rounds + 1), desc=f"Pruning with {type(criterion).__name__}", unit="round",
+                  disable=not (progress and group.is_main)):  # fmt: skip
+        scores = criterion.score(
+            model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
+        )
+        target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
+        masks = select(scores, sparsity=target, scope=scope, within=masks)
+    assert masks is not None
+    _warn_of_empty_layers(masks._tensors)
+    return masks
+
+
+def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str) -> None:
+    if not isinstance(criterion, Criterion):
+        hint = f"{criterion.__name__}()" if isinstance(criterion, type) else "px.PX()"
+        raise InvalidArgumentError(f"criterion={criterion!r} is not a criterion; expected an object such as {hint}.")
+    check_sparsity(sparsity)
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
+    if scope not in SCOPES:
+        raise InvalidArgumentError(f"scope={scope!r}: expected one of {', '.join(map(repr, SCOPES))}.")
+
+
+def _require_finite(targets: Mapping[str, Tensor]) -> None:
+    for name, weight in targets.items():
+        if not bool(torch.isfinite(weight.detach()).all()):
+            raise TargetError(f"the weight {name} holds NaN or infinity; load the model again before pruning it.")
+
+
+def _warn_of_empty_layers(masks: Mapping[str, Tensor]) -> None:
+    empty = [name for name, mask in masks.items() if not bool(mask.any())]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} layer(s) lost all their weights: {', '.join(empty[:8])}{' ...' if len(empty) > 8 else ''}. "
+            "Prune less, use scope='layer', or use more rounds.",
+            stacklevel=3,
+        )

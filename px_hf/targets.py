@@ -1,0 +1,83 @@
+"""Which weights may be pruned: those of the convolutions and linear layers of the backbone."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from torch import nn
+
+from .errors import TargetError
+
+PRUNABLE_LAYERS: Final = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.MultiheadAttention,
+)
+"""Layers whose weights can be pruned. Subclasses count."""
+
+HEAD_NAMES: Final = ("classifier", "fc", "head", "heads", "cls_classifier", "distillation_classifier")
+"""Attributes of a model that are taken for its classifier where the model does not say it itself."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def head_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of the classifier head.
+
+    1. What timm's ``get_classifier()`` returns, also inside transformers' ``TimmWrapper``.
+    2. In a transformers model: all that lies outside ``base_model``.
+    3. Otherwise an attribute of the model itself with one of `HEAD_NAMES`, if there is one.
+    """
+    model = unwrap(model)
+    for owner in (model, getattr(model, "timm_model", None)):
+        get_classifier = getattr(owner, "get_classifier", None)
+        if callable(get_classifier):
+            found = get_classifier()
+            heads = found if isinstance(found, (tuple, list)) else [found]
+            return {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
+    base: Any = getattr(model, "base_model", model)
+    if isinstance(base, nn.Module) and base is not model:
+        return set(model.modules()) - set(base.modules()) - {model}
+    return {
+        m for name in HEAD_NAMES if isinstance(head := getattr(model, name, None), nn.Module) for m in head.modules()
+    }
+
+
+def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Parameter]:
+    """The prunable weights of ``model``, by their name in ``named_parameters()`` and in its order.
+
+    Weights of convolutions and linear layers; biases, norms, embeddings and class tokens never. The
+    classifier head, which is freshly initialised in transfer learning, is left out unless
+    ``prune_head``.
+
+    Raises:
+        TargetError: there is none.
+    """
+    model = unwrap(model)
+    head = set() if prune_head else head_modules(model)
+    chosen: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, PRUNABLE_LAYERS) and module not in head:
+            named = module.named_parameters(recurse=False)
+            chosen.update(p for name, p in named if name.endswith("weight") and p.dim() > 1 and p.is_floating_point())
+    weights = {name: p for name, p in model.named_parameters() if p in chosen}
+    if not weights:
+        raise TargetError(
+            f"{type(model).__name__} has no prunable weights. Expected at least one convolution or linear layer "
+            "outside the classifier head; pass prune_head=True to prune the head too."
+        )
+    return weights
