@@ -148,9 +148,7 @@ class Masks(Mapping[str, Tensor]):
             elif parameter.is_meta or nn.parameter.is_lazy(parameter):
                 misfits.append(f"{name!r} holds no values yet (meta device or lazy module)")
             elif parameter.shape != mask.shape:
-                misfits.append(
-                    f"{name!r} is {list(parameter.shape)} in the model and {list(mask.shape)} in the masks"
-                )
+                misfits.append(f"{name!r} is {list(parameter.shape)} in the model and {list(mask.shape)} in the masks")
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
                 misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
         if misfits:
@@ -270,8 +268,7 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             break
     # A compiled submodule puts its own level into the names.
     return {
-        name.replace("_orig_mod.", ""): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
     }
 
 
