@@ -361,9 +361,7 @@ def test_image_folders_parquet_files_and_a_local_dataset_folder_read_the_same(tm
         rows([row % 3 for row in range(count)]).to_parquet(tmp_path / "files" / f"{split}.parquet")
     sources = [
         DataSource(train_dir=str(tmp_path / "folders/train"), test_dir=str(tmp_path / "folders/test")),
-        DataSource(
-            train_file=str(tmp_path / "files/train.parquet"), test_file=str(tmp_path / "files/test.parquet")
-        ),
+        DataSource(train_file=str(tmp_path / "files/train.parquet"), test_file=str(tmp_path / "files/test.parquet")),
         DataSource(dataset_name=str(tmp_path / "files")),
     ]
     for source in sources:

@@ -22,9 +22,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved, to look inside."""
     figures: list[Figure] = []
     save = px_hf.plots._save
-    monkeypatch.setattr(
-        px_hf.plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path))
-    )
+    monkeypatch.setattr(px_hf.plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures
 
 
@@ -39,9 +37,7 @@ def log(epochs: int, steps: int = 4) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("layers", [1, 9, 120])
 def test_every_layer_has_a_readable_bar(tmp_path: Path, drawn: list[Figure], layers: int) -> None:
-    masks = {
-        f"model.encoder.layer.{i}.output.weight": torch.zeros(10, 10, dtype=torch.bool) for i in range(layers)
-    }
+    masks = {f"model.encoder.layer.{i}.output.weight": torch.zeros(10, 10, dtype=torch.bool) for i in range(layers)}
     for i, mask in enumerate(masks.values()):
         mask.view(-1)[: i % 100] = True
     plot_layer_sparsity(masks, tmp_path / "sparsity.png")
@@ -52,9 +48,7 @@ def test_every_layer_has_a_readable_bar(tmp_path: Path, drawn: list[Figure], lay
     bars = axes.containers[1]  # containers[0] is the background
     assert [bar.get_width() for bar in bars] == pytest.approx([100 - i % 100 for i in range(layers)])
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == (
-        ["model.encoder.layer.0.output"] if layers == 1 else [f"{i}.output" for i in range(layers)]
-    )
+    assert names == (["model.encoder.layer.0.output"] if layers == 1 else [f"{i}.output" for i in range(layers)])
     # neither do labels overlap nor does a text leave the picture
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
@@ -67,9 +61,7 @@ def test_every_layer_has_a_readable_bar(tmp_path: Path, drawn: list[Figure], lay
         assert box.y1 <= height
 
 
-def test_training_curve_shows_losses_accuracy_and_the_dense_network(
-    tmp_path: Path, drawn: list[Figure]
-) -> None:
+def test_training_curve_shows_losses_accuracy_and_the_dense_network(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_training(log(5), tmp_path / "curve.png", title="ResNet on digits", dense_accuracy=0.97)
     assert Image.open(tmp_path / "curve.png").format == "PNG"
     losses, accuracy = drawn[0].axes

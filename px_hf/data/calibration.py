@@ -82,9 +82,7 @@ def calibration_set(
     if examples_per_class < 1:
         raise DataError(f"examples_per_class is {examples_per_class}, expected at least 1.")
     counts = np.bincount(train.labels, minlength=len(labels))
-    short = [
-        f"{name!r}: {count}" for name, count in zip(labels, counts, strict=True) if count < examples_per_class
-    ]
+    short = [f"{name!r}: {count}" for name, count in zip(labels, counts, strict=True) if count < examples_per_class]
     if short:
         raise DataError(
             f"{examples_per_class} calibration examples per class were asked for, but {len(short)} of "
@@ -94,8 +92,7 @@ def calibration_set(
         )
     rng = np.random.default_rng(seed)
     chosen = [
-        rng.choice(np.flatnonzero(train.labels == k), examples_per_class, replace=False)
-        for k in range(len(labels))
+        rng.choice(np.flatnonzero(train.labels == k), examples_per_class, replace=False) for k in range(len(labels))
     ]
     drawn = train.select(rng.permutation(np.concatenate(chosen))).with_pixels(pixels)
     return CalibrationSet(drawn, examples_per_class, seed, batch_size)

@@ -67,9 +67,7 @@ def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDic
     if missing:
         raise DataError(f"No such file or folder: {', '.join(missing)}.")
     if "train" not in named:
-        raise DataError(
-            f"No training data: only {', '.join(named)} is named. Name train_dir or train_file too."
-        )
+        raise DataError(f"No training data: only {', '.join(named)} is named. Name train_dir or train_file too.")
     if source.folders:
         patterns = {split: str(Path(folder) / "**") for split, folder in named.items()}
         return load_dataset("imagefolder", data_files=patterns, cache_dir=cache_dir)

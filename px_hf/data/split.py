@@ -59,9 +59,7 @@ class Split(torch.utils.data.Dataset):
     def _read(self, row: int, value: dict[str, Any] | None) -> Image.Image:
         try:
             return to_rgb(ImageFeature().decode_example(value))
-        except (
-            Exception
-        ) as error:  # Pillow raises OSError, SyntaxError, ValueError, its own, ... for bad files
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, its own, ... for bad files
             path = (value or {}).get("path")
             raise DataError(
                 f"Unreadable image in split {self.name!r} at index {row}{f' ({path})' if path else ''}: "
@@ -77,10 +75,7 @@ class Split(torch.utils.data.Dataset):
             raise DataError(f"Split {self.name!r} has no transform: call with_pixels(...) first.")
         pixel_values = self.pixels(self.images(positions))
         labels = self.labels[list(positions)].tolist()
-        return [
-            {"pixel_values": image, "labels": label}
-            for image, label in zip(pixel_values, labels, strict=True)
-        ]
+        return [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -70,9 +70,7 @@ def classification_task(
         rows = raw[name]
         absent = {image, label} - set(rows.column_names)
         if absent:
-            raise DataError(
-                f"Split {name!r} has no column {_listed(absent)}; it has {_listed(rows.column_names)}."
-            )
+            raise DataError(f"Split {name!r} has no column {_listed(absent)}; it has {_listed(rows.column_names)}.")
         targets = read_labels(rows, label, labels, name)
         undecoded = rows.cast_column(image, ImageFeature(decode=False)).select_columns([image])
         return Split(name, undecoded, image, np.arange(len(rows)), targets)
@@ -101,9 +99,7 @@ def find_image_column(features: Features, name: str | None = None) -> str:
         encoded = isinstance(feature, Value) and feature.dtype in ("string", "binary", "large_binary")
         struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
         if not (isinstance(feature, ImageFeature) or encoded or struct):
-            raise DataError(
-                f"Column {name!r} holds no images but {_described(feature)}. Columns: {_table(features)}."
-            )
+            raise DataError(f"Column {name!r} holds no images but {_described(feature)}. Columns: {_table(features)}.")
         return name
     found = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
     return _only(found, ("image", "images", "img"), "image", "of type Image", features)
@@ -150,9 +146,7 @@ def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -
         known = {name: k for k, name in enumerate(labels)}
         values = [None if value is None else known.get(value, value) for value in values]
     elif not (_is_class(feature) or _is_integer(feature)):
-        raise DataError(
-            f"Column {column!r} of split {split!r} holds {_described(feature)}, expected class labels."
-        )
+        raise DataError(f"Column {column!r} of split {split!r} holds {_described(feature)}, expected class labels.")
     for row, value in enumerate(values):
         if isinstance(value, int) and 0 <= value < len(labels):
             continue
@@ -164,9 +158,7 @@ def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -
                 f"{what}: labels are classes 0 to {len(labels) - 1}. Negative labels usually mark a split "
                 "whose labels are not published: leave that split out."
             )
-        raise DataError(
-            f"{what} is none of the {len(labels)} classes of the training split: {_listed(labels)}."
-        )
+        raise DataError(f"{what} is none of the {len(labels)} classes of the training split: {_listed(labels)}.")
     return np.asarray(values, dtype=np.int64)
 
 

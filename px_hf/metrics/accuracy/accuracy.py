@@ -12,9 +12,7 @@ import datasets
 import evaluate
 from sklearn.metrics import accuracy_score
 
-_DESCRIPTION = (
-    "The share of predictions that equal their reference: (correct predictions) / (all predictions)."
-)
+_DESCRIPTION = "The share of predictions that equal their reference: (correct predictions) / (all predictions)."
 
 _INPUTS = """
 Args:
