@@ -41,7 +41,8 @@ def relu6(call: Call, input: Tensor, inplace: bool = False) -> Flow:
 
 @rule(*variants("leaky_relu"), reads_input=True)
 def leaky_relu(call: Call, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Flow:
-    return _gated(call, input, lambda: torch.where(input > 0, 1.0, negative_slope).to(call.dtype))
+    slope = torch.tensor(negative_slope, dtype=call.dtype, device=input.device)
+    return _gated(call, input, lambda: torch.where(input > 0, 1.0, slope))
 
 
 @rule(*variants("gelu"), reads_input=True)

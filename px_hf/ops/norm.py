@@ -118,7 +118,9 @@ def group_norm(
 
 
 @rule(F.normalize)
-def normalize(call: Call, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Flow:
+def normalize(
+    call: Call, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Flow:
     gate2 = None
     if call.reading.gates:
         gate2 = 1 / input.to(call.dtype).norm(p, dim, keepdim=True).clamp(min=eps).square()

@@ -132,9 +132,10 @@ class Tracer(TorchFunctionMode):
         kinds = {type(c) for c in found.values()}
         alive = Paths in kinds
         rule = RULES.get(op)
-        if alive and rule is None:
-            return self._record(resolve_name(op) or repr(op))
-        if type(UNKNOWN) in kinds:
+        unknown = type(UNKNOWN) in kinds
+        if rule is None and (alive or unknown):
+            return self._record(_name(op))
+        if unknown:
             return UNKNOWN
         call = Call(op, out, self.reading, self.dtype, found)
         if alive:
@@ -142,7 +143,9 @@ class Tracer(TorchFunctionMode):
             try:
                 result = rule(call, *args, **kwargs)
             except NotImplementedError as error:
-                return self._record(f"{resolve_name(op) or op!r} with {error}")
+                return self._record(f"{_name(op)} with {error}")
+            except TypeError as error:  # an argument that the rule does not know
+                return self._record(f"{_name(op)}: {error}")
             return self._run(result, found) if isinstance(result, Flow) else result
         if op in SHAPE_OPS:
             assert rule is not None
@@ -151,7 +154,7 @@ class Tracer(TorchFunctionMode):
             return self._reshaped(flow, found, out)
         if Gate in kinds:
             return Gate(tuple(s for c in found.values() if isinstance(c, Gate) for s in c.sources))
-        return Derived(resolve_name(op) or repr(op))
+        return Derived(_name(op))
 
     def _run(self, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
         """Apply a rule's linear map to the path sums of its operands."""
@@ -265,6 +268,10 @@ class Tracer(TorchFunctionMode):
             + "\nA rule says what an operation does to path sums; see CONTRIBUTING.md, 'A new op rule'. "
             "Criteria that need no path sums (Magnitude, Random) work on this model."
         )
+
+
+def _name(op: Callable[..., Any]) -> str:
+    return resolve_name(op) or getattr(op, "__qualname__", None) or repr(op)
 
 
 def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
