@@ -1,10 +1,11 @@
-"""Run a model in eval mode and leave it as it was."""
+"""Contexts for scoring: eval mode, and no autocast for path sums."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import nn
 
 
@@ -18,3 +19,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast: path sums, and their gradients, are never rounded to a lower precision."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

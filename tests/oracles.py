@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -284,7 +283,8 @@ ROWS = [
     Row("batch_norm", "batch_norm", lambda x, p: F.batch_norm(x, p["m"], p["v"].abs(), p["w"], p["b"], eps=0.1), IMAGE,
         same, scaled(lambda x, p: (p["w"] ** 2 / (p["v"].abs() + 0.1)).view(1, -1, 1, 1)), None,
         {"m": (4,), "v": (4,), "w": (4,), "b": (4,)}),
-    Row("batch_norm of the batch", "batch_norm", lambda x, p: F.batch_norm(x, None, None, p["w"], training=True), IMAGE,
+    Row("batch_norm of the batch", "batch_norm", lambda x, p: F.batch_norm(x, None, None, p["w"],
+        training=True), IMAGE,
         scaled(lambda x, p: statistic(x, (0, 2, 3), 1e-5)), scaled(lambda x, p: (p["w"] ** 2).view(1, -1, 1, 1)), None,
         {"w": (4,)}),
     Row("layer_norm", "layer_norm", lambda x, p: F.layer_norm(x, (4,), p["w"], p["b"], 0.1), TOKENS,
@@ -304,7 +304,8 @@ ROWS = [
     Row("amax", "amax", lambda x, p: x.amax((2, 3), keepdim=True), IMAGE,
         windows(5, 5, 0, "argmax"), windows(5, 5, 0, "mean"), windows(5, 5, 0, "argmax")),
     Row("avg_pool2d", "average_pool", lambda x, p: F.avg_pool2d(x, 3, 2, 1), IMAGE,
-        windows(3, 2, 1, "mean over all"), windows(3, 2, 1, "mean over all"), windows(3, 2, 1, "mean over all, squared")),
+        windows(3, 2, 1, "mean over all"), windows(3, 2, 1, "mean over all"), windows(3, 2, 1, "mean over all,
+        squared")),
     Row("avg_pool2d, real entries", "average_pool",
         lambda x, p: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), IMAGE,
         windows(3, 2, 1, "mean"), windows(3, 2, 1, "mean"), windows(3, 2, 1, "mean, squared")),
@@ -320,7 +321,8 @@ ROWS = [
     Row("difference, alpha", "add", lambda x, p: torch.sub(x, x, alpha=3), TOKENS,
         lambda s, x, p: 4 * s, lambda s, x, p: 4 * s, lambda s, x, p: 10 * s),
     Row("negative", "neg", lambda x, p: -x, TOKENS, same, same),
-    Row("layer scale", "mul", lambda x, p: p["w"] * x, TOKENS, same, scaled(lambda x, p: p["w"] ** 2), None, {"w": (4,)}),
+    Row("layer scale", "mul", lambda x, p: p["w"] * x, TOKENS, same, scaled(lambda x, p: p["w"] ** 2), None,
+        {"w": (4,)}),
     Row("fixed factor", "mul", lambda x, p: -3 * x, TOKENS, lambda s, x, p: 3 * s, lambda s, x, p: 3 * s),
     Row("fixed divisor", "div", lambda x, p: x / 4, TOKENS, lambda s, x, p: s / 4, lambda s, x, p: s / 4),
     Row("gated linear unit", "mul", lambda x, p: F.silu(x) * F.linear(x, p["w"]), TOKENS,
@@ -332,7 +334,8 @@ ROWS = [
         lambda s, x, p: s / (1 + torch.sigmoid(x @ p["a"].T)) ** 2, same, None, SQUEEZE),
     Row("attention pooling", "softmax", lambda x, p: (F.linear(x, p["a"]).softmax(1) * x), TOKENS,
         lambda s, x, p: s * (x @ p["a"].T).softmax(1) ** 2, same, None, SQUEEZE),
-    Row("eager attention", "matmul", _eager, TOKENS, attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
+    Row("eager attention", "matmul", _eager, TOKENS, attention("H", 2), attention("G", 2), attention("ACTIVE",
+        2), QKV),
     Row("pattern on the right", "matmul", _keys_first, TOKENS,
         attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
     Row("sdpa", "scaled_dot_product_attention", _sdpa, TOKENS,
@@ -344,13 +347,15 @@ ROWS = [
         *[lambda s, x, p: torch.stack([s[:, t, c] for c in range(4) for t in range(3)], 1)] * 3),
     Row("slices", "take", lambda x, p: x[:, 0] + x.unbind(1)[1] + x.chunk(3, 1)[2][:, 0], TOKENS,
         *[lambda s, x, p: s[:, 0] + s[:, 1] + s[:, 2]] * 3),
-    Row("dtype, dropout", "leave", lambda x, p: F.dropout(x.float(), 0.5, training=False).double(), TOKENS, same, same),
+    Row("dtype, dropout", "leave", lambda x, p: F.dropout(x.float(), 0.5, training=False).double(), TOKENS,
+        same, same),
     Row("pad", "pad", lambda x, p: F.pad(x, (1, 0)), TOKENS,
         *[lambda s, x, p: torch.cat([torch.zeros(2, 3, 1).double(), s], -1)] * 3),
     Row("class token", "cat", lambda x, p: torch.cat([p["t"].expand(2, -1, -1), x], 1), TOKENS,
         *[lambda s, x, p: torch.cat([torch.zeros(2, 1, 4).double(), s], 1)] * 3, {"t": (1, 1, 4)}),
     Row("assignment", "setitem", _set, TOKENS, _set_oracle, _set_oracle, _set_oracle),
-    Row("masked_fill", "masked_fill", lambda x, p: x.masked_fill(torch.tensor([True, False, False, False]), -9), TOKENS,
+    Row("masked_fill", "masked_fill", lambda x, p: x.masked_fill(torch.tensor([True, False, False, False]),
+        -9), TOKENS,
         *[lambda s, x, p: s * torch.tensor([0.0, 1, 1, 1]).double()] * 3),
     Row("interpolate", "interpolate", lambda x, p: F.interpolate(x, scale_factor=2), TOKENS,
         *[lambda s, x, p: s.repeat_interleave(2, -1)] * 3),

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from ..batches import Batches, images_of, require_finite, run
 from ..distributed import processes
 from ..errors import InvalidArgumentError, NonFiniteError, TargetError
-from ..modes import evaluating
+from ..modes import evaluating, full_precision
 from ..ops import ACTIVE, G, H, Paths, Reading, Tracer, Weight
 from ..sums import exact_sum, sum_aligned_
 from ..targets import prunable, unwrap
@@ -149,7 +149,8 @@ class _Network:
     def gradients(self, output: Tensor, weight: Tensor) -> Gradients:
         """∂(Σ output ⊙ weight)/∂θ² of every target."""
         leaves = list(self.squares.values())
-        found = torch.autograd.grad(output, leaves, weight.to(output), allow_unused=True)
+        with full_precision(output.device):
+            found = torch.autograd.grad(output, leaves, weight.to(output), allow_unused=True)
         missing = [name for name, gradient in zip(self.squares, found, strict=True) if gradient is None]
         if missing:
             raise TargetError(

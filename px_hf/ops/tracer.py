@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UnsupportedOpError
+from ..modes import full_precision
 from .call import Call
 from .companions import UNKNOWN, Companion, Derived, Flow, Gate, Linear, Paths, Reading, Source, Weight, power_of_two
 from .registry import DECOMPOSITIONS, READS_INPUT, RULES, SHAPE_OPS
@@ -115,7 +115,7 @@ class Tracer(TorchFunctionMode):
         target = args[0] if op is torch.Tensor.__setitem__ else out
         if not any(t.is_floating_point() for t in _tensors(target)):
             return out
-        with torch.set_grad_enabled(self.reading.weights), _full_precision(target):
+        with torch.set_grad_enabled(self.reading.weights), full_precision(next(_tensors(target)).device):
             result = self._result(op, target, found, rule_args, kwargs)
         self._attach(target, result)
         return out
@@ -276,12 +276,6 @@ def _name(op: Callable[..., Any]) -> str:
 
 def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
     return lambda trunk: fn(source(trunk).expand(shape))
-
-
-def _full_precision(out: Any) -> Any:
-    """Path sums are never rounded to the autocast dtype."""
-    kind = next(_tensors(out)).device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _in_place(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
