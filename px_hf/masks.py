@@ -169,6 +169,18 @@ class Masks(Mapping[str, Tensor]):
         for name, parameter in self.match(model).items():
             parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
 
+    @torch.no_grad()
+    def revived(self, model: nn.Module) -> dict[str, int]:
+        """How many pruned weights of `model` are not zero, for the names where there are any; NaN is not zero.
+
+        Raises TargetError if the masks do not fit the model: see `match`.
+        """
+        counts = {
+            name: int(parameter.masked_fill(self._tensors[name].to(parameter.device), 0).count_nonzero())
+            for name, parameter in self.match(model).items()
+        }
+        return {name: count for name, count in counts.items() if count}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to one safetensors file, one bit a weight; missing parent folders are made.
 

@@ -136,6 +136,20 @@ def test_apply_gives_exact_positive_zeros_and_leaves_the_rest() -> None:
         assert parameter.is_leaf
 
 
+def test_revived_counts_pruned_weights_that_are_not_zero() -> None:
+    model = two_layers()
+    masks = masks_for(model)
+    pruned = {name: int((~mask).sum()) for name, mask in masks.items()}
+    assert masks.revived(model) == pruned
+    masks.apply_(model)
+    assert masks.revived(model) == {}
+    with torch.no_grad():
+        model[2].weight[tuple((~masks["2.weight"]).nonzero()[0])] = float("nan")
+    assert masks.revived(model) == {"2.weight": 1}
+    with pytest.raises(TargetError):
+        masks.revived(Tied())
+
+
 def wrapped_in_data_parallel(model: nn.Module) -> nn.Module:
     return nn.DataParallel(model)
 
