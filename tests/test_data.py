@@ -388,6 +388,7 @@ def test_a_class_folder_missing_from_train_dir_is_named(tmp_path: Path) -> None:
         (DataSource(dataset_name="beans", train_dir="x"), "2 kinds of data source"),
         (DataSource(train_dir="no/such/folder"), "No such file or folder: no/such/folder"),
         (DataSource(train_file="no/such.parquet"), "No such file or folder: no/such.parquet"),
+        (DataSource(dataset_name="./no/such"), "Cannot read the dataset './no/such': Couldn't find"),
         (DataSource(validation_dir="."), "No training data: only validation is named"),
     ],
 )

@@ -57,7 +57,10 @@ def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDic
             "(with validation_dir, test_dir), train_file (with validation_file, test_file)."
         )
     if source.dataset_name:
-        raw = load_dataset(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir)
+        try:
+            raw = load_dataset(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir)
+        except (OSError, ValueError) as error:
+            raise DataError(f"Cannot read the dataset {source.dataset_name!r}: {error}") from error
         if isinstance(raw, Dataset):
             raw = DatasetDict({"train": raw})
         return raw
