@@ -30,19 +30,22 @@ def processes() -> Processes:
     Raises:
         LaunchError: the launcher started several processes but each believes to be the only one.
     """
-    if dist.is_available() and dist.is_initialized():
-        return Processes(dist.get_rank(), dist.get_world_size())
-    launched = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    if launched > 1:
-        from accelerate import PartialState
+    connected = dist.is_available() and dist.is_initialized()
+    launched = dist.get_world_size() if connected else int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if launched == 1:
+        return Processes()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-        state = PartialState()
+    # A process group that a program made without Accelerate is as good; one that Accelerate made while
+    # believing to be alone (a launch on CPU that does not say so) is not.
+    if not connected or PartialState._shared_state:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         if state.num_processes != launched:
             raise LaunchError(
-                f"{launched} processes were launched (WORLD_SIZE={launched}) but Accelerate sees "
-                f"{state.num_processes}: each would work alone and write the same files. On CPU, run "
-                "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N script.py` or `ACCELERATE_USE_CPU=true "
-                "accelerate launch --multi_gpu --num_processes N script.py`; for one process, unset WORLD_SIZE."
+                f"{launched} processes were launched but Accelerate sees {state.num_processes}: each would work alone "
+                "and write the same files. On CPU, run `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N script.py` "
+                "or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N script.py`; for one "
+                "process, unset WORLD_SIZE."
             )
-        return Processes(state.process_index, state.num_processes)
-    return Processes()
+    return Processes(dist.get_rank(), dist.get_world_size())

@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,10 +242,12 @@ class Masks(Mapping[str, Tensor]):
         revision: str | None = None,
         token: str | bool | None = None,
         subfolder: str = "",
+        **download: Any,
     ) -> Masks:
         """Read the masks of a folder or Hub repository that `px_hf.save_pretrained` wrote.
 
-        `revision`, `token` and `subfolder` are those of transformers' `from_pretrained`.
+        `revision`, `token`, `subfolder` and what else `huggingface_hub.hf_hub_download` takes (`cache_dir`,
+        `local_files_only`, ...) are for the Hub; a folder only looks at `subfolder`.
         Raises CheckpointError if there is no such folder or repository, or it holds no masks.
         """
         if Path(folder_or_repo_id).is_dir():
@@ -260,6 +263,7 @@ class Masks(Mapping[str, Tensor]):
                 subfolder=subfolder or None,
                 revision=revision,
                 token=token,
+                **download,
             )
         except (EntryNotFoundError, OSError, ValueError) as error:
             raise CheckpointError(

@@ -80,7 +80,8 @@ def prune(
         target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
         masks = select(scores, sparsity=target, scope=scope, within=masks)
     assert masks is not None
-    _warn_of_empty_layers(masks._tensors)
+    if group.is_main:
+        _warn_of_empty_layers(masks._tensors)
     return masks
 
 

@@ -57,21 +57,34 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     }
 
 
+def patch_embedding(model: nn.Module) -> set[nn.Module]:
+    """The convolution that cuts the image into patches: the model's first, if its windows do not overlap.
+
+    An embedding like that of a word, a percent or two of the weights; pruning it with the rest ruins a
+    ViT (ImageNet ViT-Ti, magnitude at 40 % sparsity: 19 % accuracy instead of 61 %).
+    """
+    first = next((m for m in model.modules() if isinstance(m, PRUNABLE_LAYERS)), None)
+    if isinstance(first, (nn.Conv2d, nn.Conv3d)) and tuple(first.kernel_size) == tuple(first.stride):
+        return {first} if max(first.stride) > 1 else set()
+    return set()
+
+
 def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Parameter]:
     """The prunable weights of ``model``, by their name in ``named_parameters()`` and in its order.
 
-    Weights of convolutions and linear layers; biases, norms, embeddings and class tokens never. The
-    classifier head, which is freshly initialised in transfer learning, is left out unless
-    ``prune_head``.
+    Weights of convolutions and linear layers; biases, norms, embeddings (the patch embedding too) and
+    class tokens never. The classifier head, which is freshly initialised in transfer learning, is left
+    out unless ``prune_head``.
 
     Raises:
         TargetError: there is none.
     """
     model = unwrap(model)
-    head = set() if prune_head else head_modules(model)
+    left_out: set[nn.Module] = set() if prune_head else head_modules(model)
+    left_out |= patch_embedding(model)
     chosen: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, PRUNABLE_LAYERS) and module not in head:
+        if isinstance(module, PRUNABLE_LAYERS) and module not in left_out:
             named = module.named_parameters(recurse=False)
             chosen.update(p for name, p in named if name.endswith("weight") and p.dim() > 1 and p.is_floating_point())
     weights = {name: p for name, p in model.named_parameters() if p in chosen}

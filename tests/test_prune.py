@@ -113,8 +113,11 @@ def test_a_layer_called_fc_inside_the_backbone_is_pruned() -> None:
 
 def test_embeddings_norms_tokens_and_biases_are_not_prunable() -> None:
     names = set(prunable(build("hf vit"), prune_head=True))
-    assert "vit.embeddings.patch_embeddings.projection.weight" in names
-    assert not [n for n in names if "bias" in n or "norm" in n or "token" in n or "position" in n]
+    assert len(names) == 2 * 6 + 1
+    assert not [n for n in names if "bias" in n or "norm" in n or "embeddings" in n]
+    assert "patch_embed.proj.weight" not in prunable(build("timm vit"))
+    assert "conv_proj.weight" not in prunable(build("torchvision vit"))
+    assert "resnet.embedder.embedder.convolution.weight" in prunable(build("hf resnet"))
 
 
 def poisoned() -> nn.Module:
