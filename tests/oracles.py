@@ -187,6 +187,22 @@ def _sdpa(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     return _merge(F.scaled_dot_product_attention(q, k, v))
 
 
+def _einsum(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    q, k, v = (_heads(torch.einsum("btc,oc->bto", x, p[w]), 2) for w in "qkv")
+    pattern = (torch.einsum("bhtc,bhsc->bhts", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+    return _merge(torch.einsum("bhts,bhsc->bhtc", pattern, v))
+
+
+def _standardised(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    kernel = F.batch_norm(p["w"].reshape(1, 3, -1), None, None, training=True).reshape_as(p["w"])
+    return F.conv2d(x, kernel)
+
+
+def _standard(p: dict[str, Tensor]) -> Tensor:
+    w = p["w"].flatten(1)
+    return ((w - w.mean(1, keepdim=True)) / (w.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()).view(p["w"].shape)
+
+
 def _keys_first(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     """The pattern on the right of the values: V (K Qᵀ)."""
     q, k, v = (_heads(F.linear(x, p[w]), 2) for w in "qkv")
@@ -338,6 +354,10 @@ ROWS = [
         2), QKV),
     Row("pattern on the right", "matmul", _keys_first, TOKENS,
         attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
+    Row("einsum attention", "einsum", _einsum, TOKENS,
+        attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
+    Row("standardised kernel", "conv", _standardised, IMAGE, convolution(lambda p: torch.ones(3, 4, 2, 2).double()),
+        convolution(lambda p: _standard(p) ** 2), convolution(lambda p: _standard(p) ** 2), {"w": (3, 4, 2, 2)}),
     Row("sdpa", "scaled_dot_product_attention", _sdpa, TOKENS,
         attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
     Row("multi_head_attention_forward", "multi_head_attention_forward", _multi_head, TOKENS,

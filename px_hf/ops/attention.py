@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call
+from .call import Call, times
 from .companions import Flow, Gate, Paths
 from .gates import branch, unit_gain
 from .linear import matrix_product
@@ -73,6 +73,48 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Flow | Gate:
         inner = flow.fn
         return call.flow(lambda s: inner(s.mT).mT, a)  # type: ignore[union-attr]
     return matrix_product(call, a, b)
+
+
+@rule(torch.einsum)
+def einsum(call: Call, equation: str, *operands: Any) -> Flow | Gate:
+    """Two factors, as in `matmul`: a parameter or constant, a frozen gate, or two activations."""
+    factors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    terms, _, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    if len(factors) != 2 or not result or "." in equation:
+        raise NotImplementedError(f"the equation {equation!r}")
+    alive = [isinstance(call.companion(f), Paths) for f in factors]
+    if all(alive):
+        query, key = call.companion(factors[0]), call.companion(factors[1])
+        assert isinstance(query, Paths)
+        assert isinstance(key, Paths)
+        # u: both averaged over the tokens that the other does not know, which stay as sizes of one
+        tokens = [[n.index(c) for c in n if c not in other] for n, other in (names, names[::-1])]
+
+        def source(trunk: Paths) -> Tensor:
+            q, k = (
+                branch(p, trunk).mean(t, keepdim=True) if t else branch(p, trunk)
+                for p, t in ((query, tokens[0]), (key, tokens[1]))
+            )
+            u: Tensor = torch.einsum(equation, q, k)
+            return u
+
+        return Gate((source,))
+    if alive[1]:
+        factors, names = factors[::-1], names[::-1]
+    stream, factor = factors
+    order = f"{names[0]},{names[1]}->{result}"
+    if not call.is_gate(factor):
+        return call.flow(lambda s, w: torch.einsum(order, s, w), stream, weight=call.weight(factor))
+    tokens_mixed = 1
+    for axis in set(names[0]) & set(names[1]) - set(result):
+        tokens_mixed *= factor.shape[names[1].index(axis)]
+    squared, credit = call.gate(factor), call.credit(factor, stream)
+    if squared is None:
+        squared = torch.full(factor.shape, 1 / tokens_mixed, dtype=call.dtype, device=factor.device)
+    elif not call.reading.weights:
+        squared = squared * tokens_mixed
+    return call.flow(lambda s: torch.einsum(order, s, times(squared, credit)), stream)
 
 
 @rule(*variants("softmax"))

@@ -74,8 +74,21 @@ class Call:
                 return companion.path.to(self.dtype)
             return torch.ones(value.shape, dtype=self.dtype, device=value.device)
         if isinstance(companion, Derived):
-            raise NotImplementedError(f"a weight computed by {companion.name}")
+            return self._derived(value, companion)
         return self.fixed(value)
+
+    def _derived(self, value: Tensor, derived: Derived) -> Tensor:
+        """A kernel w(θ), entry by entry from θ: w², whose gradient in log θ² is that in log w².
+
+        A pruned θ whose w is not 0 (standardisation subtracts a mean) still carries paths, uncredited.
+        """
+        if derived.path is None:
+            raise NotImplementedError(f"a weight computed by {derived.name}")
+        if not self.reading.weights:
+            return (value != 0).to(self.dtype)
+        square = value.detach().to(self.dtype).square()
+        held = derived.path.detach()
+        return square * torch.where(held > 0, derived.path / held.where(held > 0, 1.0), 1.0)
 
     def fixed(self, coefficient: Any) -> Any:
         """A coefficient c that is neither data nor a weight, such as the 1/n of an average.

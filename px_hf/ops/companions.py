@@ -74,10 +74,12 @@ class Weight:
 
 @dataclass(eq=False)
 class Derived:
-    """Computed from parameters by ``name``, which has no rule for parameters: a constant to an
-    elementwise product, an unknown operation to a convolution."""
+    """Computed from parameters by ``name``, such as a standardised kernel. A constant to an elementwise
+    product. As a kernel it stands for the parameter it was computed from, entry by entry, if it has
+    that parameter's ``path`` (in its own shape); otherwise it is an unknown operation."""
 
     name: str
+    path: Tensor | None = None
 
 
 class _Unknown:

@@ -154,7 +154,7 @@ class Tracer(TorchFunctionMode):
             return self._reshaped(flow, found, out)
         if Gate in kinds:
             return Gate(tuple(s for c in found.values() if isinstance(c, Gate) for s in c.sources))
-        return Derived(_name(op))
+        return Derived(_name(op), self._origin(found, (args, kwargs), out))
 
     def _run(self, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
         """Apply a rule's linear map to the path sums of its operands."""
@@ -204,12 +204,24 @@ class Tracer(TorchFunctionMode):
             return [Gate(tuple(_moved(source, shape, piece) for source in one.sources)) for piece in pieces]
         if any(isinstance(c, Gate) for c in companions):
             return Gate(tuple(s for c in companions if isinstance(c, Gate) for s in c.sources))
+        if len(companions) == 1 and isinstance(one, Derived) and one.path is not None and isinstance(out, Tensor):
+            moved = flow.fn(one.path)
+            assert isinstance(moved, Tensor)
+            return Derived(one.name, moved)
         return Derived("a mixture of parameters and constants")
 
-    def _path_of(self, value: Tensor, found: Mapping[int, Companion]) -> Tensor:
+    def _origin(self, found: Mapping[int, Companion], operands: Any, out: Any) -> Tensor | None:
+        """The path of the one parameter that has the shape of ``out``, if there is just one."""
+        if not isinstance(out, Tensor):
+            return None
+        same = {id(t): t for t in _tensors(operands) if id(t) in found and t.shape == out.shape}
+        return self._path_of(next(iter(same.values())), found) if len(same) == 1 else None
+
+    def _path_of(self, value: Tensor, found: Mapping[int, Companion]) -> Tensor | None:
         weight = found[id(value)]
-        assert isinstance(weight, Weight)
-        return torch.ones(value.shape, dtype=self.dtype, device=value.device) if weight.path is None else weight.path
+        if isinstance(weight, Weight) and weight.path is None:
+            return torch.ones((), dtype=self.dtype, device=value.device).expand(value.shape)
+        return weight.path if isinstance(weight, (Weight, Derived)) else None
 
     # ------------------------------------------------------------------------------- bookkeeping
 
