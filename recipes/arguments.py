@@ -1,0 +1,228 @@
+"""The arguments of the recipes: four groups, a YAML file, the command line.
+
+Defaults < the embedded example's settings (when no data is named) < `--config file.yaml` < command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+import px_hf as px
+from px_hf.data import DataSource
+
+EXAMPLE_MODEL = str(Path(__file__).parent / "demo" / "resnet")
+EXAMPLE = {
+    "num_train_epochs": 10.0,
+    "random_crop": False,
+    "horizontal_flip": False,
+    "compare_dense": True,
+}
+"""What differs from the defaults for the embedded digits."""
+
+
+@dataclass
+class ModelArguments:
+    """The pretrained backbone."""
+
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file of arguments; the command line overrides it."}
+    )
+    model_name_or_path: str = field(
+        default=EXAMPLE_MODEL,
+        metadata={"help": "Backbone: a model id of the Hub (timm models as timm/...) or a local folder."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models and data are kept."})
+    token: str | None = field(default=None, metadata={"help": "Access token for private repositories of the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model. Only if you have read it."}
+    )
+
+    def short_name(self) -> str:
+        """The id of a Hub model; of a local folder only its own name."""
+        path = Path(self.model_name_or_path)
+        return path.name if path.is_dir() else self.model_name_or_path
+
+    def hub(self) -> dict[str, Any]:
+        """What every `from_pretrained` of the backbone takes."""
+        return {
+            "revision": self.model_revision,
+            "cache_dir": self.cache_dir,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+@dataclass
+class DataArguments:
+    """The task. With none of the sources named: the embedded handwritten digits."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset id of the Hub, or a local folder, for example of Parquet files."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Image folder, one sub-folder per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, for validation."})
+    test_dir: str | None = field(default=None, metadata={"help": "Likewise, for the test at the end."})
+    train_file: str | None = field(default=None, metadata={"help": "Parquet file of training examples."})
+    validation_file: str | None = field(default=None, metadata={"help": "Likewise, for validation."})
+    test_file: str | None = field(default=None, metadata={"help": "Likewise, for the test at the end."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Default: found by its type."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Default: found by its type."})
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split_name: str | None = field(
+        default=None, metadata={"help": "Split to validate on. Default: found by its name, else split off."}
+    )
+    test_split_name: str = field(
+        default="test", metadata={"help": "Split of the final test, left out where there is none; 'none' ignores it."}
+    )
+    train_val_split: float = field(
+        default=0.15,
+        metadata={"help": "Share of each class split off the training data where there is no validation split."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many examples."})
+    random_crop: bool = field(
+        default=True, metadata={"help": "Train on random crops, 25 to 100 %% of the image. Off for the digits."}
+    )
+    horizontal_flip: bool = field(
+        default=True, metadata={"help": "Train on mirrored images too. Off for the digits; switch it off for signs."}
+    )
+
+    def source(self) -> DataSource:
+        """The data source, false if none is named."""
+        return DataSource(**{f.name: getattr(self, f.name) for f in fields(DataSource)})
+
+    def short_name(self) -> str:
+        """The name of the data, without folders and extension."""
+        path = Path(self.dataset_name or self.train_dir or self.train_file or "digits")
+        return path.absolute().parent.name if path.stem == "train" else path.stem
+
+
+@dataclass
+class PruneArguments:
+    """The sparse subnetwork."""
+
+    criterion: str = field(
+        default="px-active", metadata={"help": "How weights are scored.", "choices": list(px.CRITERIA)}
+    )
+    power: float | None = field(
+        default=None, metadata={"help": "Exponent of the path flow in the px criteria: 1 = the paper, 0 = magnitude."}
+    )
+    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
+    rounds: int = field(default=20, metadata={"help": "Rounds of scoring and pruning. The paper uses 100."})
+    scope: str = field(
+        default="global",
+        metadata={"help": "Rank all weights together, or within each layer.", "choices": ["global", "layer"]},
+    )
+    prune_head: bool = field(default=False, metadata={"help": "Prune the classifier head too."})
+    examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
+    dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
+    compare_dense: bool = field(
+        default=False,
+        metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
+    )
+
+    def criterion_object(self) -> px.Criterion:
+        """The criterion of that name, with `power`. **Raises** `InvalidArgumentError` if it takes none."""
+        criterion = px.CRITERIA[self.criterion]
+        if self.power is None:
+            return criterion
+        if not isinstance(criterion, px.PX):
+            raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion}.")
+        return px.PX(paths=criterion.paths, power=self.power)
+
+
+@dataclass
+class FineTuneArguments(TrainingArguments):
+    """transformers.TrainingArguments with other defaults."""
+
+    output_dir: str = field(
+        default="outputs/{model}-{data}-{mask}",
+        metadata={"help": "Folder to write; {model}, {data}, {mask} stand for their names, as in resnet-digits-px90."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace the model or the checkpoints that output_dir already holds."}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size of each process."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation and scoring."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1 a share of all steps."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # torch would warn at every epoch
+
+
+Arguments = tuple[ModelArguments, DataArguments, PruneArguments, FineTuneArguments]
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The four groups from the command line and the files it names. **Raises** `InvalidArgumentError`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(argv)[0].config
+    given = [*(_read_config(config) if config else []), *argv]
+
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, PruneArguments, FineTuneArguments),
+        allow_abbrev=False,
+        usage="accelerate launch recipes/prune_finetune.py [--config file.yaml] [--name value ...]",
+    )
+    named = parser.parse_known_args(given)[0]
+    if not any(getattr(named, f.name) for f in fields(DataSource)):
+        parser.set_defaults(**EXAMPLE)
+    *groups, unknown = parser.parse_args_into_dataclasses(given, True, look_for_args_file=False)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise px.InvalidArgumentError(
+            f"Unknown arguments: {' '.join(unknown)}." + (f" Did you mean {close[0]}?" if close else "")
+        )
+    model, data, prune, training = groups
+    if prune.dense:
+        prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
+    if training.push_to_hub:
+        raise px.InvalidArgumentError("This recipe does not push: upload the finished folder with `hf upload`.")
+    mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
+    names = {"model": Path(model.model_name_or_path).name, "data": data.short_name(), "mask": mask}
+    for name, value in names.items():
+        training.output_dir = training.output_dir.replace(f"{{{name}}}", value)
+    return model, data, prune, training
+
+
+def _read_config(path: str) -> list[str]:
+    """A YAML mapping as command-line words, so that it is checked by the same parser."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise px.InvalidArgumentError(f"Cannot read --config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise px.InvalidArgumentError(f"--config {path} is no YAML mapping of argument names to values.")
+    words: list[str] = []
+    for name, value in content.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(_word(item) for item in values)]
+    return words
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)

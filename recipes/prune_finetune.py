@@ -1,0 +1,288 @@
+"""Prune a pretrained backbone with PX, fine-tune it with its zeros kept, save it, load it again.
+
+    accelerate launch recipes/prune_finetune.py
+
+prunes 90 % of a small ResNet that was pretrained on rendered letters, fine-tunes it on scikit-learn's
+handwritten digits (1,149 training images), next to the unpruned network, and writes
+outputs/resnet-digits-px-active90. TIME_AND_RESULT
+
+    accelerate launch recipes/prune_finetune.py --model_name_or_path recipes/demo/vit
+    accelerate launch recipes/prune_finetune.py --model_name_or_path google/vit-base-patch16-224-in21k \\
+        --dataset_name beans --sparsity 0.8 --learning_rate 1e-4 --bf16
+    accelerate launch recipes/prune_finetune.py --model_name_or_path timm/resnet50.a1_in1k \\
+        --train_dir photos/train --validation_dir photos/validation --compare_dense
+    accelerate launch recipes/prune_finetune.py --resume_from_checkpoint true      # the interrupted run
+
+Two processes on a machine without a GPU (`accelerate launch --cpu` would silently start one):
+
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/prune_finetune.py
+
+What is in the output folder: the model for stock transformers, with exact zeros (config.json,
+model.safetensors, the image processor), its masks, a compact copy in sparse/, all_results.json,
+per_layer_sparsity.png, training_curve.png, and the Trainer's checkpoints.
+`--help` lists every argument; those of transformers.TrainingArguments are among them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import torch
+import torch.nn.functional as F
+from arguments import DataArguments, FineTuneArguments, ModelArguments, parse
+from demo_data import digits
+from output_folder import claim, find_checkpoint, remove_checkpoints, write_json
+from summary import Phases
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    Trainer,
+    set_seed,
+)
+from transformers.trainer_utils import SaveStrategy
+
+import px_hf as px
+from px_hf.data import Augment, Preprocess, Split, calibration_set, classification_task, read_dataset
+from px_hf.distributed import processes
+from px_hf.metrics import metric_path
+from px_hf.plots import plot_layer_sparsity, plot_training
+from px_hf.select import check_sparsity
+
+
+def main(argv: list[str]) -> None:
+    main_process = processes().is_main  # first of all: a wrong launch must not write anything
+    model_args, data_args, prune_args, training = parse(argv)
+    criterion, out = prune_args.criterion_object(), Path(training.output_dir)
+    check_sparsity(prune_args.sparsity)
+    phases = Phases(quiet=not main_process)
+    checkpoint = find_checkpoint(out, training.resume_from_checkpoint)
+    claim(out, training.overwrite_output_dir, checkpoint)
+
+    with phases("Load"):
+        processor = load_processor(model_args)
+        pixels = Preprocess(processor)
+        labels, splits = load_data(model_args, data_args, training)
+        batches = calibration_set(
+            splits["train"],
+            labels,
+            pixels,
+            examples_per_class=prune_args.examples_per_class,
+            seed=training.seed,
+            batch_size=training.per_device_eval_batch_size,
+        )
+        augment = Augment(pixels, data_args.random_crop, data_args.horizontal_flip)
+        data = {name: split.with_pixels(augment if name == "train" else pixels) for name, split in splits.items()}
+        model = load_model(model_args, labels, training)
+        phases.say(f"{model_args.model_name_or_path}: {model.num_parameters():,} parameters")
+        phases.say(f"{', '.join(f'{len(data[name]):,} {name} images' for name in data)}, {len(labels)} classes")
+
+    with phases("Prune"):
+        if checkpoint:
+            masks = px.Masks.from_pretrained(checkpoint)
+            phases.say(f"the masks of {checkpoint}")
+            if abs(masks.sparsity - prune_args.sparsity) > len(masks) / masks.total:
+                raise px.InvalidArgumentError(
+                    f"{checkpoint} has masks of sparsity {masks.sparsity:.6g}, and --sparsity is "
+                    f"{prune_args.sparsity}: a resumed run keeps its masks. Pass their sparsity, or start anew."
+                )
+        else:
+            masks = px.prune(
+                model,
+                batches,
+                criterion,
+                sparsity=prune_args.sparsity,
+                rounds=prune_args.rounds,
+                scope=prune_args.scope,
+                prune_head=prune_args.prune_head,
+            )
+        phases.say(f"{masks.kept:,} of {masks.total:,} weights kept")
+
+    dense: dict[str, Any] = {}
+    if prune_args.compare_dense:
+        with phases("Fine-tune dense"):
+            finished = out / "dense_results.json"
+            if checkpoint and finished.is_file():
+                dense = json.loads(finished.read_text())
+            else:
+                unsaved = copy.copy(training)
+                unsaved.save_strategy = SaveStrategy.NO
+                trainer = make_trainer(load_model(model_args, labels, training), data, unsaved)
+                trainer.train()
+                dense = evaluate_splits(trainer, data)
+                write_json(finished, dense)
+
+    if main_process and checkpoint is None:
+        remove_checkpoints(out)
+    with phases("Fine-tune"):
+        masks.apply_(model)
+        trainer = make_trainer(model, data, training, callbacks=[px.KeepMasks(masks)])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results = evaluate_splits(trainer, data)
+
+    if not main_process:
+        return
+    results |= {f"dense_{name}": value for name, value in dense.items()}
+    provenance = {
+        "criterion": repr(criterion),
+        "rounds": prune_args.rounds,
+        "scope": prune_args.scope,
+        "sparsity_asked": prune_args.sparsity,
+        "base_model": model_args.short_name(),
+        "base_revision": getattr(model.config, "_commit_hash", None) or model_args.model_revision,
+        "dataset": data_args.short_name(),
+        "calibration": batches.describe(),
+        "seed": training.seed,
+    }
+    with phases("Save"):
+        px.save_pretrained(
+            model,
+            masks,
+            out,
+            image_processor=processor,
+            provenance=provenance | results,
+            overwrite=training.overwrite_output_dir,
+        )
+        plot_layer_sparsity(masks, out / "per_layer_sparsity.png")
+        plot_training(
+            trainer.state.log_history,
+            out / "training_curve.png",
+            title=f"{out.name}: {masks.kept:,} of {masks.total:,} weights",
+            dense_accuracy=dense.get("eval_accuracy"),
+        )
+    with phases("Load again"):
+        difference = check_saved(out, model, masks, data.get("test", data["validation"]), model_args)
+        phases.say(f"stock transformers loads {out}: zeros where promised, logits differ by {difference:.1g}")
+    results |= provenance | {
+        "sparsity": masks.sparsity,
+        "weights": masks.total,
+        "weights_kept": masks.kept,
+        "masks_sha256": masks.fingerprint(),
+        "parameters": model.num_parameters(),
+        "file_bytes": {file.name: file.stat().st_size for file in sorted(out.glob("*.safetensors"))},
+        "seconds": phases.seconds,
+    }
+    write_json(out / "all_results.json", results)
+    phases.close(out, results)
+
+
+def load_data(
+    model_args: ModelArguments, data_args: DataArguments, training: FineTuneArguments
+) -> tuple[list[str], dict[str, Split]]:
+    """Class names, and the splits train, validation and, where the data has one, test."""
+    source = data_args.source()
+    with training.main_process_first():
+        raw = read_dataset(source, model_args.cache_dir) if source else digits()
+    task = classification_task(
+        raw,
+        image_column=data_args.image_column_name,
+        label_column=data_args.label_column_name,
+        train_split=data_args.train_split_name,
+        validation_split=data_args.validation_split_name,
+        test_split=None if data_args.test_split_name == "none" else data_args.test_split_name,
+        validation_share=data_args.train_val_split,
+        seed=training.seed,
+    )
+    splits = {"train": task.train.sample(data_args.max_train_samples, training.seed)}
+    splits["validation"] = task.validation.sample(data_args.max_eval_samples, training.seed)
+    if task.test is not None:
+        splits["test"] = task.test.sample(data_args.max_eval_samples, training.seed)
+    return task.labels, splits
+
+
+def load_processor(model_args: ModelArguments) -> BaseImageProcessor:
+    """The image processor that comes with the backbone."""
+    name = model_args.model_name_or_path
+    try:
+        return AutoImageProcessor.from_pretrained(name, **model_args.hub())
+    except (OSError, ValueError) as error:
+        raise px.CheckpointError(f"Cannot load the image processor of {name}: {error}") from error
+
+
+def load_model(model_args: ModelArguments, labels: list[str], training: FineTuneArguments) -> PreTrainedModel:
+    """The backbone with a head for `labels`; the same weights, also those drawn at random, on every call."""
+    set_seed(training.seed)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    config.id2label = dict(enumerate(labels))  # also sets num_labels
+    config.label2id = {name: k for k, name in enumerate(labels)}
+    if getattr(config, "model_args", None):
+        config.model_args.pop("num_classes", None)  # written by timm's push_to_hub, and refused by TimmWrapper
+    model = AutoModelForImageClassification.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+        **model_args.hub(),
+    )
+    return model.to(training.device)
+
+
+def make_trainer(
+    model: PreTrainedModel, data: dict[str, Split], training: FineTuneArguments, callbacks: list | None = None
+) -> Trainer:
+    """A Trainer with exact losses over accumulated batches and processes, and accuracy without the network."""
+    accuracy = evaluate.load(metric_path("accuracy"), keep_in_memory=True)
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        # Trainer counts the examples of a whole step, and trusts models to divide by that; not all do.
+        smoothing = training.label_smoothing_factor
+        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        return total / num_items_in_batch
+
+    return Trainer(
+        model,
+        training,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        compute_loss_func=loss,
+        compute_metrics=lambda p: accuracy.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
+        callbacks=callbacks,
+    )
+
+
+def evaluate_splits(trainer: Trainer, data: dict[str, Split]) -> dict[str, float]:
+    """Loss and accuracy on the validation split and, where there is one, the test split."""
+    results: dict[str, float] = {}
+    for prefix, name in (("eval", "validation"), ("test", "test")):
+        if name in data:
+            metrics = trainer.evaluate(data[name], metric_key_prefix=prefix)
+            results |= {key: metrics[key] for key in (f"{prefix}_accuracy", f"{prefix}_loss")}
+    return results
+
+
+@torch.no_grad()
+def check_saved(out: Path, model: PreTrainedModel, masks: px.Masks, split: Split, model_args: ModelArguments) -> float:
+    """The largest difference of a logit between `model` and what stock transformers loads from `out`.
+
+    **Raises** `CheckpointError` if a pruned weight is not zero there, or predictions differ.
+    """
+    trust = {"trust_remote_code": model_args.trust_remote_code}
+    loaded = AutoModelForImageClassification.from_pretrained(out, **trust).to(model.device).eval()
+    pixels = Preprocess(AutoImageProcessor.from_pretrained(out, **trust))
+    if masks.revived(loaded):
+        raise px.CheckpointError(f"Pruned weights are not zero in {out}: {masks.revived(loaded)}.")
+    model.eval()
+    difference = 0.0
+    for start in range(0, min(len(split), 256), 32):
+        positions = range(start, min(start + 32, len(split)))
+        images = torch.stack([item["pixel_values"] for item in split.__getitems__(positions)]).to(model.device)
+        again = pixels(split.images(positions)).to(model.device)
+        expected, logits = model(pixel_values=images).logits, loaded(pixel_values=again).logits
+        difference = max(difference, float((logits - expected).abs().max()))
+        if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+            raise px.CheckpointError(f"The model loaded from {out} gives other logits, by up to {difference}.")
+    return difference
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except px.PxError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,377 @@
+"""recipes/prune_finetune.py as users run it: whole runs in processes of their own, and every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
+
+import px_hf as px
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = str(RECIPES / "prune_finetune.py")
+sys.path.insert(0, str(RECIPES))
+
+import arguments  # noqa: E402
+import demo_data  # noqa: E402
+import output_folder  # noqa: E402
+import prune_finetune  # noqa: E402
+
+EPOCHS = 8
+PLAIN = [sys.executable, RECIPE]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", RECIPE]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", RECIPE]
+FINISHED = ["all_results.json", "config.json", "masks.safetensors", "model.safetensors", "per_layer_sparsity.png"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tiny backbone in `backbone`; runs write beside it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    ResNetForImageClassification(config).save_pretrained(folder / "backbone")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
+    return folder
+
+
+def settings(folder: Path, out: str, *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / out)),
+        *("--max_train_samples", "200", "--max_eval_samples", "61", "--num_train_epochs", str(EPOCHS)),
+        *("--rounds", "3", "--examples_per_class", "5", "--learning_rate", "0.01", "--disable_tqdm", "true"),
+        *("--compare_dense", "false", *more),
+    ]
+
+
+def environment(folder: Path, **changes: str) -> dict[str, str]:
+    launched = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
+    inherited = {key: value for key, value in os.environ.items() if key not in launched}
+    cache = {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    return inherited | cache | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"} | changes
+
+
+def run(folder: Path, command: list[str], expect: int = 0, **env: str) -> str:
+    """Standard output and error, after checking the exit status."""
+    done = subprocess.run(
+        command, env=environment(folder, **env), cwd=folder, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def results(out: Path) -> dict[str, Any]:
+    """all_results.json without the times."""
+    content = json.loads((out / "all_results.json").read_text())
+    assert content.pop("seconds")
+    return content
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> tuple[Path, str]:
+    """A whole run by `accelerate launch`: its folder and what it printed."""
+    printed = run(folder, ACCELERATE + settings(folder, "finished", "--compare_dense", "true"))
+    return folder / "finished", printed
+
+
+# --- a whole run ---
+
+
+def test_a_run_writes_what_it_promises(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    written = results(out)
+    masks = px.Masks.load(out / "masks.safetensors")
+    assert masks.kept == written["weights_kept"] == round(0.1 * masks.total)
+    assert masks.fingerprint() == written["masks_sha256"]
+    assert written["calibration"]["examples"] == 50
+    config = json.loads((out / "config.json").read_text())
+    assert config["px"]["criterion"] == written["criterion"] == repr(px.CRITERIA["px-active"])
+    assert config["id2label"]["7"] == "7"
+    for name in ("per_layer_sparsity.png", "training_curve.png"):
+        assert Image.open(out / name).size[0] > 600
+    assert not [path.name for path in out.parent.iterdir() if path.name.startswith(".")]  # nothing half-written
+    table = printed[printed.rindex("accuracy, test") :]
+    for text in ("sparsity asked", "90 %", f"{masks.kept:,}", "model.safetensors", "time, prune"):
+        assert text in table
+    shown = re.search(r"accuracy, test +│ +([\d.]+)% +│ +([\d.]+)%", printed)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(100 * written["dense_test_accuracy"], abs=0.005)
+    assert float(shown[2]) == pytest.approx(100 * written["test_accuracy"], abs=0.005)
+    assert written["dense_eval_accuracy"] > 0.5  # chance is 0.1
+    assert written["eval_accuracy"] > 0.3
+
+
+def test_stock_transformers_loads_the_folder_where_px_hf_cannot_be_imported(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    code = f"""
+import sys, torch
+sys.modules["px_hf"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained({str(out)!r}).eval()
+processor = AutoImageProcessor.from_pretrained({str(out)!r})
+assert processor.size["height"] == 16
+torch.manual_seed(0)
+print("zeros", sum(int((p == 0).sum()) for n, p in model.named_parameters() if "convolution" in n))
+print("logits", model(torch.randn(2, 3, 16, 16)).logits.flatten().tolist())
+"""
+    printed = run(out.parent, [sys.executable, "-c", code])
+    masks = px.Masks.load(out / "masks.safetensors")
+    assert f"zeros {masks.total - masks.kept}\n" in printed
+    torch.manual_seed(0)
+    expected = AutoModelForImageClassification.from_pretrained(out).eval()(torch.randn(2, 3, 16, 16)).logits
+    logits = json.loads(printed[printed.index("logits ") + 7 :].splitlines()[0])
+    assert torch.allclose(torch.tensor(logits), expected.flatten(), atol=1e-6)
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_model(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    assert accuracy_of(out) == results(out)["test_accuracy"]
+
+
+def accuracy_of(out: Path) -> float:
+    """On the same 61 test images, by other means."""
+    from px_hf.data import classification_task
+
+    test = classification_task(demo_data.digits()).test
+    assert test is not None
+    test = test.sample(61, seed=42)
+    model = AutoModelForImageClassification.from_pretrained(out).eval()
+    images = AutoImageProcessor.from_pretrained(out)(test.images(range(61)), return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**images).logits.argmax(-1)
+    return float((predicted == torch.from_numpy(test.labels)).double().mean())
+
+
+def test_the_same_seed_gives_the_same_masks_and_metrics_also_without_a_launcher(
+    folder: Path, finished: tuple[Path, str]
+) -> None:
+    run(folder, PLAIN + settings(folder, "again"))
+    first = {key: value for key, value in results(finished[0]).items() if not key.startswith("dense_")}
+    assert results(folder / "again") == first
+    assert (folder / "again/model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+def test_two_processes_find_the_same_masks_and_count_every_example_once(
+    folder: Path, finished: tuple[Path, str]
+) -> None:
+    run(folder, TWO + settings(folder, "two", "--per_device_train_batch_size", "16"), ACCELERATE_USE_CPU="true")
+    out = folder / "two"
+    assert px.Masks.load(out / "masks.safetensors") == px.Masks.load(finished[0] / "masks.safetensors")
+    assert results(out)["test_accuracy"] == accuracy_of(out)  # of 61 examples, an odd number
+    first = [
+        json.loads((path / f"checkpoint-{7 * EPOCHS}/trainer_state.json").read_text()) for path in (out, finished[0])
+    ]
+    losses = [state["log_history"][0]["loss"] for state in first]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # not twice as large
+
+
+def test_an_interrupted_run_resumes_with_its_masks_to_the_same_end(folder: Path, finished: tuple[Path, str]) -> None:
+    out = folder / "killed"
+    command = PLAIN + settings(folder, "killed")
+    process = subprocess.Popen(
+        command, env=environment(folder), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-14/trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "config.json").exists(), "the run was over before it was killed"
+    with pytest.raises(
+        px.OutputExistsError, match=r"checkpoints of an interrupted run.*--resume_from_checkpoint true"
+    ):
+        run_here(settings(folder, "killed"))
+
+    printed = run(folder, [*command, "--resume_from_checkpoint", "true"])
+    assert re.search(r"the masks of .*killed/checkpoint-\d+", printed)
+    expected = {key: value for key, value in results(finished[0]).items() if not key.startswith("dense_")}
+    assert results(out) == expected
+
+
+def test_the_dense_ceiling_prunes_nothing(folder: Path) -> None:
+    run_here(settings(folder, "ceiling", "--dense", "--num_train_epochs", "1"))
+    out = folder / "ceiling"
+    assert px.Masks.load(out / "masks.safetensors").sparsity == 0
+    weights = load_file(out / "model.safetensors")
+    assert all((weight != 0).all() for name, weight in weights.items() if name.endswith("convolution.weight"))
+
+
+# --- bad input: a clear error, and nothing is written or lost ---
+
+
+def run_here(argv: list[str]) -> None:
+    set_seed(0)
+    prune_finetune.main(argv)
+
+
+def colours(labels: list, feature: object = None) -> Dataset:
+    images = [Image.new("RGB", (16, 16), (40 * (row % 6), 90, 10)) for row in range(len(labels))]
+    features = Features({"image": ImageFeature(), "label": feature or ClassLabel(names=["a", "b"])})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+BAD_ARGUMENTS = [
+    (["--sparsity", "1.0"], px.InvalidArgumentError, r"must be in \[0, 1\)"),
+    (["--sparsity", "nan"], px.InvalidArgumentError, "nan"),
+    (["--rounds", "0"], px.InvalidArgumentError, "rounds=0"),
+    (["--sparcity", "0.5"], px.InvalidArgumentError, "Unknown arguments: --sparcity 0.5. Did you mean --sparsity"),
+    (["--criterion", "magnitude", "--power", "0.5"], px.InvalidArgumentError, "--power is for the px criteria"),
+    (["--power", "-1"], px.InvalidArgumentError, "power=-1"),
+    (["--push_to_hub"], px.InvalidArgumentError, "does not push"),
+    (["--config", "no/such.yaml"], px.InvalidArgumentError, "Cannot read --config no/such.yaml"),
+    (["--model_name_or_path", "./no/such"], px.CheckpointError, "Cannot load the image processor of ./no/such"),
+    (["--train_dir", "no/such"], px.DataError, "No such file or folder: no/such"),
+    (["--dataset_name", "./no/such"], px.DataError, "Cannot read the dataset './no/such'"),
+    (["--label_column_name", "digit"], px.DataError, "No column 'digit' for the label"),
+    (["--examples_per_class", "99"], px.DataError, "10 of 10 classes have fewer"),
+    (["--resume_from_checkpoint", "true"], px.CheckpointError, "No whole checkpoint .*there is none"),
+    (["--resume_from_checkpoint", "no/such"], px.CheckpointError, "no/such: there is no such folder"),
+]
+
+
+@pytest.mark.parametrize(("more", "error", "message"), BAD_ARGUMENTS, ids=[" ".join(row[0]) for row in BAD_ARGUMENTS])
+def test_bad_arguments(folder: Path, more: list[str], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run_here(settings(folder, "bad", *more))
+    assert not (folder / "bad").exists()
+
+
+def test_bad_data_is_an_error_that_names_it(folder: Path, tmp_path: Path) -> None:
+    rows = {
+        "missing class": (colours([0] * 20), r"1 of 2 classes have no example.*'b'"),
+        "few": (colours([0] * 20 + [1] * 5), r"1 of 2 classes have fewer in split 'train': 'b': 4"),
+        "float labels": (colours([0.0, 1.0] * 10, Value("float64")), "No column is of type ClassLabel"),
+    }
+    for name, (data, message) in rows.items():
+        data.to_parquet(tmp_path / "train.parquet")
+        with pytest.raises(px.DataError, match=message):
+            run_here(settings(folder, "bad", "--train_file", str(tmp_path / "train.parquet")))
+        assert not (folder / "bad").exists(), name
+        (tmp_path / "train.parquet").unlink()
+
+
+def test_an_unreadable_image_is_named(folder: Path, tmp_path: Path) -> None:
+    good = colours([0, 1] * 20)
+    files = [
+        {"bytes": row["bytes"], "path": None} for row in good.cast_column("image", ImageFeature(decode=False))["image"]
+    ]
+    files[23] = {"bytes": b"\x89PNG", "path": None}
+    features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=["a", "b"])})
+    Dataset.from_dict({"image": files, "label": good["label"]}, features=features).cast_column(
+        "image", ImageFeature()
+    ).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(px.DataError, match="Unreadable image in split 'train' at index 23"):
+        run_here(settings(folder, "unreadable", "--train_file", str(tmp_path / "train.parquet"), "--rounds", "1"))
+    shutil.rmtree(folder / "unreadable", ignore_errors=True)
+
+
+def test_a_finished_model_is_not_overwritten_unasked(folder: Path, finished: tuple[Path, str]) -> None:
+    shutil.copytree(finished[0], folder / "copy")
+    before = {path: path.read_bytes() for path in (folder / "copy").rglob("*") if path.is_file()}
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises(px.OutputExistsError, match=r"already holds a model.*--overwrite_output_dir"):
+            run_here(settings(folder, "copy", *more))
+    assert {path: path.read_bytes() for path in (folder / "copy").rglob("*") if path.is_file()} == before
+    run_here(settings(folder, "copy", "--overwrite_output_dir", "--sparsity", "0.5", "--num_train_epochs", "1"))
+    assert results(folder / "copy")["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert [path.name for path in (folder / "copy").glob("checkpoint-*")] == ["checkpoint-7"]
+
+
+def test_a_half_written_checkpoint_is_named_and_an_older_whole_one_found(
+    folder: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    whole = sorted(finished[0].glob("checkpoint-*"))
+    for path in whole:
+        shutil.copytree(path, tmp_path / path.name)
+    older, newest = sorted((tmp_path / path.name for path in whole), key=lambda path: int(path.name.split("-")[1]))
+    assert output_folder.find_checkpoint(tmp_path, "true") == str(newest)
+    assert output_folder.find_checkpoint(tmp_path, "false") is None
+
+    (newest / "optimizer.pt").unlink()
+    assert output_folder.find_checkpoint(tmp_path, "true") == str(older)
+    with pytest.raises(px.CheckpointError, match=r"checkpoint-\d+: half-written, optimizer.pt is missing"):
+        output_folder.find_checkpoint(tmp_path, str(newest))
+    weights = older / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(
+        px.CheckpointError, match=r"model.safetensors is damaged.*optimizer.pt is missing|optimizer.*damaged"
+    ):
+        output_folder.find_checkpoint(tmp_path, "true")
+
+
+def test_a_resumed_run_does_not_take_another_sparsity(folder: Path, finished: tuple[Path, str]) -> None:
+    checkpoint = max(finished[0].glob("checkpoint-*"))
+    with pytest.raises(px.InvalidArgumentError, match=r"has masks of sparsity 0.9.*--sparsity is 0.5"):
+        run_here(settings(folder, "resumed", "--resume_from_checkpoint", str(checkpoint), "--sparsity", "0.5"))
+
+
+def test_processes_that_do_not_know_of_each_other_stop(folder: Path) -> None:
+    printed = run(folder, TWO + settings(folder, "alone"), expect=1, CUDA_VISIBLE_DEVICES="")
+    assert "LaunchError: 2 processes were launched but Accelerate sees 1" in printed
+    assert not (folder / "alone").exists()
+
+
+# --- arguments ---
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_example(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("sparsity: 0.7\nhorizontal_flip: true\nnum_train_epochs: 2\nlearning_rate: 1e-4\nbf16: false\n")
+    model, data, prune, training = arguments.parse(["--config", str(config), "--num-train-epochs", "5"])
+    assert (prune.sparsity, training.num_train_epochs, training.learning_rate) == (0.7, 5.0, 1e-4)
+    assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, False, True)
+    assert model.model_name_or_path == arguments.EXAMPLE_MODEL
+    assert training.output_dir == "outputs/resnet-digits-px-active70"
+
+
+def test_the_example_settings_are_for_the_embedded_digits_only() -> None:
+    _, data, prune, training = arguments.parse(
+        ["--train-dir", "photos/train", "--model_name_or_path", "timm/resnet18"]
+    )
+    assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, True, False)
+    assert training.output_dir == "outputs/resnet18-photos-px-active90"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "no YAML mapping"),
+        ("a: [", "Cannot read --config"),
+        ("sparcity: 1\n", "Did you mean --sparsity"),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(px.InvalidArgumentError, match=message):
+        arguments.parse(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_help_lists_our_arguments_and_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments.parse(["--help"])
+    printed = capsys.readouterr().out
+    for name in ("--criterion", "--label_column_name", "--trust_remote_code", "--gradient_accumulation_steps"):
+        assert name in printed
