@@ -13,6 +13,9 @@ px.save_pretrained(model, masks, "out")
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .criteria import CRITERIA, PX, Criterion, Magnitude, Random
 from .errors import (
     CheckpointError,
@@ -27,8 +30,34 @@ from .errors import (
 )
 from .masks import Masks
 from .prune import prune
+from .report import Report, report
 from .select import select
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .finetune import KeepMasks, keep_masks
+    from .hub import from_pretrained, save_pretrained
+
+_LAZY = {
+    "KeepMasks": "finetune",
+    "keep_masks": "finetune",
+    "from_pretrained": "hub",
+    "save_pretrained": "hub",
+}
+"""Names whose module needs transformers, which takes seconds to import: loaded when first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 __all__ = [
     "CRITERIA",
@@ -37,6 +66,7 @@ __all__ = [
     "Criterion",
     "DataError",
     "InvalidArgumentError",
+    "KeepMasks",
     "LaunchError",
     "Magnitude",
     "Masks",
@@ -44,9 +74,14 @@ __all__ = [
     "OutputExistsError",
     "PxError",
     "Random",
+    "Report",
     "TargetError",
     "UnsupportedOpError",
     "__version__",
+    "from_pretrained",
+    "keep_masks",
     "prune",
+    "report",
+    "save_pretrained",
     "select",
 ]
