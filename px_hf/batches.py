@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +14,24 @@ from .errors import DataError, NonFiniteError
 
 Batches = Iterable[Any]
 """A re-iterable of batches: a list, a DataLoader. A batch is a tensor [N, C, H, W], a pair
-(images, labels), or a mapping with ``pixel_values`` and, where needed, ``labels``."""
+(images, labels), or a mapping with ``pixel_values`` and, where needed, ``labels``. Other tensors of a
+mapping that the model's ``forward`` names (``pixel_attention_mask``, ``input_ids``) go to it as they are."""
 
 
-def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The images of each batch, on the device and in the dtype of ``model``.
+@dataclass(frozen=True)
+class Inputs:
+    """What the model is called with: images [N, ...], where paths start, and ``others`` by keyword."""
+
+    images: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def probe(self) -> Inputs:
+        """One example with all-ones images."""
+        return Inputs(torch.ones_like(self.images[:1]), {name: other[:1] for name, other in self.others.items()})
+
+
+def inputs_of(batches: Batches, model: nn.Module) -> Iterator[Inputs]:
+    """The inputs of each batch on the device of ``model``, its images in the dtype of ``model``.
 
     Raises:
         DataError: ``batches`` is empty, exhausted, or a batch is not of a known form.
@@ -35,7 +49,9 @@ def images_of(batches: Batches, model: nn.Module) -> Iterator[Tensor]:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     count = 0
     for count, batch in enumerate(batches, start=1):
-        yield _images(batch, count - 1).to(like.device, like.dtype)
+        images = _images(batch, count - 1).to(like.device, like.dtype)
+        others = _others(batch, model) if isinstance(batch, Mapping) else {}
+        yield Inputs(images, {name: other.to(like.device) for name, other in others.items()})
     if count == 0:
         raise DataError("batches is empty; at least one batch of images is needed to follow paths.")
 
@@ -62,15 +78,24 @@ def _images(batch: Any, index: int) -> Tensor:
     return images
 
 
-def run(model: nn.Module, images: Tensor) -> Tensor:
-    """The logits [N, K] of ``model`` for ``images``.
+def _others(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors beside images and labels that ``forward`` takes by name."""
+    named = inspect.signature(model.forward).parameters.keys() - {"pixel_values", "labels"}
+    return {name: value for name, value in batch.items() if name in named and isinstance(value, Tensor)}
+
+
+def run(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits [N, K] of ``model`` for ``inputs``.
 
     Raises:
         DataError: the output is neither a tensor [N, K] nor has ``.logits``.
     """
     keyword = "pixel_values" in inspect.signature(model.forward).parameters
-    output = model(pixel_values=images) if keyword else model(images)
+    output = model(pixel_values=inputs.images, **inputs.others) if keyword else model(inputs.images, **inputs.others)
     logits = getattr(output, "logits", output)
+    named_otherwise = getattr(output, "last_hidden_state", None)  # as transformers' PPLCNet does
+    if isinstance(named_otherwise, Tensor) and named_otherwise.dim() == 2:
+        logits = named_otherwise
     if isinstance(logits, (tuple, list)) and logits:
         logits = logits[0]
     if not isinstance(logits, Tensor) or logits.dim() < 2:

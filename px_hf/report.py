@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .batches import images_of, run
+from .batches import Inputs, inputs_of, run
 from .masks import Masks
 from .modes import evaluating
 from .targets import unwrap
@@ -180,10 +180,11 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
     if example is None:
         note = "MACs were not counted: the model's configuration names no image size. Pass example=images."
     else:
-        images = next(images_of([example], model))
+        inputs = next(inputs_of([example], model))
+        images = inputs.images
         note = f"MACs counted on {'zeros' if guessed else 'the example'} of shape {list(images.shape)}."
         try:
-            flops = _count_flops(model, images)
+            flops = _count_flops(model, inputs)
         except Exception as error:
             if not guessed:
                 raise
@@ -215,7 +216,7 @@ _Flops = Mapping[str, Mapping[Any, int]]
 """FlopCounterMode's: class of the model and path of the module, "Global" for all -> op -> 2 × MACs."""
 
 
-def _count_flops(model: nn.Module, images: Tensor) -> _Flops:
+def _count_flops(model: nn.Module, inputs: Inputs) -> _Flops:
     fused_attention = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
     with evaluating(model), _buffers_kept(model), torch.no_grad():
@@ -223,7 +224,7 @@ def _count_flops(model: nn.Module, images: Tensor) -> _Flops:
             # The fused inference kernel of nn.MultiheadAttention is one op that is not counted.
             torch.backends.mha.set_fastpath_enabled(False)
             with counter:
-                run(model, images)
+                run(model, inputs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused_attention)
     return {"Global": {}, **counter.get_flop_counts()}

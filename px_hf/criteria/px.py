@@ -46,7 +46,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches, images_of, require_finite, run
+from ..batches import Batches, Inputs, inputs_of, require_finite, run
 from ..distributed import processes
 from ..errors import InvalidArgumentError, NonFiniteError, TargetError
 from ..modes import evaluating, full_precision
@@ -131,13 +131,13 @@ class _Network:
         return weights
 
     def path_sums(
-        self, images: Tensor, start: Tensor, reading: Reading, weights: Mapping[Tensor, Weight]
+        self, inputs: Inputs, start: Tensor, reading: Reading, weights: Mapping[Tensor, Weight]
     ) -> tuple[Tensor, Paths]:
         """The logits of the masked network, and the path sums [N, K] that arrive there."""
-        images = images.detach().view(images.shape)  # a tensor object of our own
+        images = inputs.images.detach().view(inputs.images.shape)  # a tensor object of our own
         with torch.no_grad(), Tracer(self.model, reading, weights, self.dtype) as tracer:
             tracer.start(images, start)
-            logits = run(self.model, images)
+            logits = run(self.model, Inputs(images, inputs.others))
         paths = tracer.paths(logits)
         if paths is None:
             raise TargetError(
@@ -169,20 +169,20 @@ def _all_paths(network: _Network, batches: Batches) -> tuple[Gradients, int]:
     group = processes()
     weights = network.masks_only()
     terms: list[tuple[Tensor, int]] = []
-    probe: Tensor | None = None
+    probe: Inputs | None = None
     count = 0
-    for count, images in enumerate(images_of(batches, network.model), start=1):
+    for count, inputs in enumerate(inputs_of(batches, network.model), start=1):
         if probe is None:
-            probe = torch.ones_like(images[:1])
+            probe = inputs.probe()
         if (count - 1) % group.world_size != group.rank:
             continue
-        logits, paths = network.path_sums(images, images.to(network.dtype).square(), H, weights)
+        logits, paths = network.path_sums(inputs, inputs.images.to(network.dtype).square(), H, weights)
         require_finite(logits, count - 1)
         terms.append((_per_class(paths.data.double()).cpu(), int(paths.exponent)))
     assert probe is not None
-    _, kernel = network.path_sums(probe, probe.to(network.dtype), G, network.squared())
+    _, kernel = network.path_sums(probe, probe.images.to(network.dtype), G, network.squared())
     out = _per_class(kernel.data)
-    data, exponent = exact_sum(terms, out.numel(), count, probe.device)
+    data, exponent = exact_sum(terms, out.numel(), count, probe.images.device)
     if not bool(torch.isfinite(data).all()):
         raise NonFiniteError("the sum over paths h(x², 1, a) is not finite: check the images and the model for NaN.")
     return network.gradients(out, data), exponent + int(kernel.exponent)
@@ -199,15 +199,15 @@ def _active_paths(network: _Network, batches: Batches) -> tuple[Gradients, int]:
     weights = network.squared()
     total = {name: torch.zeros_like(square, dtype=torch.float64) for name, square in network.squares.items()}
     reference: int | None = None
-    for index, images in enumerate(images_of(batches, network.model)):
+    for index, inputs in enumerate(inputs_of(batches, network.model)):
         if index % group.world_size != group.rank:
             continue
-        logits, paths = network.path_sums(images, images.to(network.dtype).square(), ACTIVE, weights)
+        logits, paths = network.path_sums(inputs, inputs.images.to(network.dtype).square(), ACTIVE, weights)
         require_finite(logits, index)
         gradients = network.gradients(paths.data, torch.ones_like(paths.data))
         reference = int(paths.exponent) if reference is None else reference
         for name, gradient in gradients.items():
-            total[name] += torch.ldexp(gradient.double(), paths.exponent - reference)
+            total[name] += torch.ldexp(gradient.double(), torch.tensor(int(paths.exponent) - reference))
     exponent = sum_aligned_(total, reference)
     return {name: gradient.to(network.dtype) for name, gradient in total.items()}, exponent
 
