@@ -272,3 +272,13 @@ class Unused(nn.Module):
 def test_a_weight_without_paths_is_named() -> None:
     with pytest.raises(px.TargetError, match=r"spare\.weight"):
         px.PX().score(Unused(), [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+def test_exponents_on_the_device_give_the_same_scores(paths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator, exponents are tensors that nobody waits for."""
+    model, batches = build("hf resnet"), [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
+    expected = px.PX(paths=paths).score(model, batches)
+    monkeypatch.setattr("px_hf.ops.tracer.excess", lambda data: torch.frexp(data.detach().amax()).exponent)
+    for name, score in px.PX(paths=paths).score(model, batches).items():
+        torch.testing.assert_close(score, expected[name], rtol=1e-5, atol=1e-9 * float(expected[name].max()))

@@ -23,7 +23,7 @@ def trace(op, x: Tensor, s: Tensor, reading, parameters: dict[str, Tensor]) -> T
         tracer.start(x, s)
         paths = tracer.paths(op(x, parameters))
     assert paths is not None
-    return torch.ldexp(paths.data.detach(), paths.exponent)
+    return paths.data.detach() * 2.0 ** int(paths.exponent)
 
 
 def draw(row: Row) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -15,12 +15,15 @@ A tensor without a companion is a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
+
+Exponent: TypeAlias = int | Tensor
 
 Linear = Callable[..., Tensor]
 """A map that is linear in its positional tensor arguments: what an op does to path sums."""
@@ -30,16 +33,16 @@ Linear = Callable[..., Tensor]
 class Paths:
     """The path sums of an activation: ``data * 2**exponent``, entry by entry, non-negative.
 
-    ``data`` has the shape of the activation, in float32 (float64 in a float64 model); ``exponent`` is
-    a whole number in a 0-dimensional tensor, so that sums over the paths of a deep network, which
-    overflow even float64, stay in range, and no device has to be waited for.
+    ``data`` has the shape of the activation, in float32 (float64 in a float64 model). ``exponent`` is a
+    whole number, so that sums over the paths of a deep network, which overflow even float64, stay in
+    range; on an accelerator it is a 0-dimensional tensor, so that nobody has to wait for it.
 
     The other fields describe how the sums came about, so that a gate can be computed again with its
     inputs held constant (`px_hf.ops.gates`); they are empty where no gradient is wanted.
     """
 
     data: Tensor
-    exponent: Tensor
+    exponent: Exponent
     parents: tuple[Paths, ...] = ()
     replay: Linear | None = None
     weighted: bool = False
@@ -128,6 +131,29 @@ class Flow:
     gating: int = field(default=0)
 
 
-def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent, exactly, in ``dtype``; 0 or inf outside its range."""
-    return torch.ldexp(torch.ones((), dtype=dtype, device=exponent.device), exponent)
+def power_of_two(exponent: Exponent, like: Tensor) -> Tensor | float:
+    """2**exponent, exactly: a number, or a 0-dimensional tensor in the dtype of ``like``."""
+    if isinstance(exponent, int):
+        return math.ldexp(1.0, max(exponent, -1074))
+    return torch.ldexp(torch.ones((), dtype=like.dtype, device=exponent.device), exponent)
+
+
+_ROOM = 40
+"""Path sums between 2**-40 and 2**40 are left alone: a product with a weight multiplies them by its
+fan-in times a squared weight, and float32 reaches 2**±126."""
+
+
+def excess(data: Tensor) -> Exponent:
+    """The power of two to divide ``data`` by so that its largest entry is in [1/2, 1); 0 if it needs none."""
+    top = torch.frexp(data.detach().amax()).exponent
+    if data.device.type == "cpu":
+        return e if abs(e := int(top)) > _ROOM else 0
+    return torch.where(top.abs() > _ROOM, top, 0)
+
+
+def largest(exponents: Sequence[Exponent]) -> Exponent:
+    """The largest of some exponents."""
+    device = next((e.device for e in exponents if isinstance(e, Tensor)), None)
+    if device is None:
+        return max(int(e) for e in exponents)
+    return torch.stack([torch.as_tensor(e, dtype=torch.int32, device=device) for e in exponents]).amax()

@@ -23,7 +23,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import UnsupportedOpError
 from ..modes import full_precision
 from .call import Call
-from .companions import UNKNOWN, Companion, Derived, Flow, Gate, Linear, Paths, Reading, Source, Weight, power_of_two
+from .companions import (
+    UNKNOWN,
+    Companion,
+    Derived,
+    Flow,
+    Gate,
+    Linear,
+    Paths,
+    Reading,
+    Source,
+    Weight,
+    excess,
+    largest,
+    power_of_two,
+)
 from .registry import DECOMPOSITIONS, READS_INPUT, RULES, SHAPE_OPS
 
 
@@ -77,7 +91,7 @@ class Tracer(TorchFunctionMode):
 
     def start(self, value: Tensor, data: Tensor) -> None:
         """Paths start at ``value``, with path sums ``data``."""
-        self._companions[value] = Paths(data, torch.zeros((), dtype=torch.int32, device=data.device))
+        self._companions[value] = Paths(data, 0)
 
     def paths(self, value: Tensor) -> Paths | None:
         """The path sums that arrived at ``value``."""
@@ -164,18 +178,19 @@ class Tracer(TorchFunctionMode):
             assert isinstance(companion, Paths)
             parents.append(companion)
         exponent = parents[0].exponent
-        factors: list[Tensor | None] = [None] * len(parents)
+        factors: list[Tensor | float] = [1.0] * len(parents)
         if any(p.exponent is not exponent for p in parents):
-            exponent = torch.stack([p.exponent for p in parents]).amax()
-            factors = [power_of_two(p.exponent - exponent, self.dtype) for p in parents]
+            exponent = largest([p.exponent for p in parents])
+            factors = [power_of_two(p.exponent - exponent, p.data) for p in parents]
         weight = flow.weight
-        if weight is not None:  # a product with a weight is where sums grow: bring its input to [0, 1]
-            shift = torch.frexp(parents[0].data.detach().amax()).exponent
-            weight = weight * power_of_two(-shift, self.dtype)
-            exponent = exponent + shift
+        if weight is not None:  # a product with a weight is where sums grow or vanish
+            shift = excess(parents[0].data)
+            if isinstance(shift, Tensor) or shift != 0:
+                weight = weight * power_of_two(-shift, weight)
+                exponent = exponent + shift
 
         def replay(*data: Tensor) -> Any:
-            scaled = [d if f is None else d * f for d, f in zip(data, factors, strict=True)]
+            scaled = [d if isinstance(f, float) and f == 1 else d * f for d, f in zip(data, factors, strict=True)]
             return flow.fn(*scaled) if weight is None else flow.fn(*scaled, weight)
 
         keep = self.reading.weights
