@@ -23,14 +23,14 @@ ACTIVATED = 1
 
 
 def _gated(call: Call, x: Tensor, gate: Callable[[], Tensor], gating: int = ACTIVATED) -> Flow:
-    squared = gate().square() if call.reading.gates else None
+    squared = gate().square_() if call.reading.gates else None
     return call.flow(lambda s: times(s, squared), x, gating=gating)
 
 
 @rule(*variants("relu"))
 def relu(call: Call, input: Tensor, inplace: bool = False) -> Flow:
-    open_ = (call.out > 0) if call.reading.gates else None
-    return call.flow(lambda s: times(s, open_), input, gating=ACTIVATED)
+    gate = call.out.sign().to(call.dtype) if call.reading.gates else None  # far faster on a CPU than `> 0`
+    return call.flow(lambda s: times(s, gate), input, gating=ACTIVATED)
 
 
 @rule(*variants("relu6"), reads_input=True)
@@ -45,8 +45,17 @@ def leaky_relu(call: Call, input: Tensor, negative_slope: float = 0.01, inplace:
     return _gated(call, input, lambda: torch.where(input > 0, 1.0, slope))
 
 
+def _ratio(out: Tensor, z: Tensor, at_zero: float) -> Tensor:
+    """φ(z)/z from what the network computed; at z = 0 the limit. Faster than φ's own formula, and only
+    for values in the precision of the path sums."""
+    tiny = 1e-30
+    return (out + at_zero * tiny).div_(z + tiny)
+
+
 @rule(*variants("gelu"), reads_input=True)
 def gelu(call: Call, input: Tensor, approximate: str = "none") -> Flow:
+    if input.dtype == call.dtype:
+        return _gated(call, input, lambda: _ratio(call.out, input, at_zero=0.5))
     z = input.to(call.dtype)
     if approximate == "tanh":
         return _gated(call, input, lambda: 0.5 + 0.5 * torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
@@ -55,6 +64,8 @@ def gelu(call: Call, input: Tensor, approximate: str = "none") -> Flow:
 
 @rule(*variants("silu"), reads_input=True)
 def silu(call: Call, input: Tensor, inplace: bool = False) -> Flow:
+    if input.dtype == call.dtype:
+        return _gated(call, input, lambda: _ratio(call.out, input, at_zero=0.5))
     return _gated(call, input, lambda: torch.sigmoid(input.to(call.dtype)))
 
 

@@ -59,7 +59,11 @@ def batch_norm(
 def _inverse_variance(call: Call, x: Tensor, over: Sequence[int], eps: float) -> Tensor | None:
     if not call.reading.gates:
         return None
-    return 1 / (x.to(call.dtype).var(tuple(over), unbiased=False, keepdim=True) + eps)
+    x = x.to(call.dtype)
+    if list(over) == list(range(-len(over), 0)):  # the kernel of LayerNorm is ten times as fast as var
+        _, _, rstd = torch.native_layer_norm(x, x.shape[-len(over) :], None, None, eps)
+        return rstd.square()
+    return 1 / (x.var(tuple(over), unbiased=False, keepdim=True) + eps)
 
 
 @rule(F.layer_norm, torch.layer_norm)
