@@ -22,6 +22,7 @@ from px_hf.data import DataSource
 EXAMPLE_MODEL = str(Path(__file__).parent / "demo" / "resnet")
 EXAMPLE = {
     "num_train_epochs": 10.0,
+    "learning_rate": 2e-3,
     "random_crop": False,
     "horizontal_flip": False,
     "compare_dense": True,
@@ -156,7 +157,7 @@ class FineTuneArguments(TrainingArguments):
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size of each process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation and scoring."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})

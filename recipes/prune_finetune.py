@@ -154,18 +154,15 @@ def main(argv: list[str]) -> None:
         plot_training(
             trainer.state.log_history,
             out / "training_curve.png",
-            title=f"{out.name}: {masks.kept:,} of {masks.total:,} weights",
+            title=f"{model_args.short_name()} on {data_args.short_name()}: {masks.kept:,} of {masks.total:,} weights",
             dense_accuracy=dense.get("eval_accuracy"),
         )
     with phases("Load again"):
         difference = check_saved(out, model, masks, data.get("test", data["validation"]), model_args)
         phases.say(f"stock transformers loads {out}: zeros where promised, logits differ by {difference:.1g}")
-    results |= provenance | {
-        "sparsity": masks.sparsity,
-        "weights": masks.total,
-        "weights_kept": masks.kept,
+    results |= provenance | px.report(model, masks, next(iter(batches))).to_dict()
+    results |= {
         "masks_sha256": masks.fingerprint(),
-        "parameters": model.num_parameters(),
         "file_bytes": {file.name: file.stat().st_size for file in sorted(out.glob("*.safetensors"))},
         "seconds": phases.seconds,
     }

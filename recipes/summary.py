@@ -32,7 +32,13 @@ class Phases:
     def close(self, out: Path, results: Mapping[str, Any]) -> None:
         """The closing table: accuracy, sparsity, sizes, times. `results` are those of all_results.json."""
         compared = "dense_eval_accuracy" in results
-        table = Table(title=str(out), title_justify="left", show_header=compared)
+        table = Table(
+            title=str(out),
+            title_justify="left",
+            caption="Effective: what a sparse runtime could skip. Dense kernels do not get faster.",
+            caption_justify="left",
+            show_header=compared,
+        )
         table.add_column()
         if compared:
             table.add_column("dense", justify="right")
@@ -49,8 +55,8 @@ class Phases:
         row("sparsity asked", f"{100 * results['sparsity_asked']:.6g} %")
         row("sparsity achieved", f"{100 * results['sparsity']:.6g} %")
         row("prunable weights kept", f"{results['weights_kept']:,}", f"{results['weights']:,}")
-        pruned = results["weights"] - results["weights_kept"]
-        row("parameters, non-zero", f"{results['parameters'] - pruned:,}", f"{results['parameters']:,}")
+        row("parameters kept", f"{results['parameters_kept']:,}", f"{results['parameters']:,}")
+        row("MACs per image, effective", f"{results['effective_macs']:,}", f"{results['macs']:,}")
         table.add_section()
         for label, size in results["file_bytes"].items():
             row(label, f"{size / 1e6:.2f} MB")
