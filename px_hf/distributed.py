@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from .errors import LaunchError
 
@@ -44,8 +46,18 @@ def processes() -> Processes:
         if state.num_processes != launched:
             raise LaunchError(
                 f"{launched} processes were launched but Accelerate sees {state.num_processes}: each would work alone "
-                "and write the same files. On CPU, run `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N script.py` "
+                "and write the same files. On CPU run `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N script.py` "
                 "or `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N script.py`; for one "
                 "process, unset WORLD_SIZE."
             )
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def same_everywhere(digest: bytes, model: nn.Module) -> bool:
+    """Whether all processes call this with the same digest. The model's device is that of the collective."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    mine = torch.tensor(list(digest), dtype=torch.int64, device=device)
+    highest, lowest = mine.clone(), mine.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return bool(torch.equal(highest, lowest))

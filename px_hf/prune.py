@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batches
+from .batches import Batches, inputs_of
 from .criteria import Criterion
-from .distributed import processes
-from .errors import InvalidArgumentError, TargetError
+from .distributed import processes, same_everywhere
+from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
 from .select import SCOPES, check_sparsity, select
 from .targets import prunable, unwrap
@@ -63,7 +64,7 @@ def prune(
         DataError: ``batches`` is empty, can be read only once, or is malformed.
         UnsupportedOpError: the criterion does not know an operation of the model.
         NonFiniteError: the model's output or a score is not finite.
-        LaunchError: several processes that do not know of each other.
+        LaunchError: several processes that do not know of each other, or that were given different models.
     """
     _validate(criterion, sparsity, rounds, scope)
     model = unwrap(model)
@@ -71,6 +72,8 @@ def prune(
     _require_finite(targets)
     group = processes()
     rounds = rounds if criterion.iterative else 1
+    if group.world_size > 1:
+        _require_agreement(model, batches if criterion.needs_data else None)
     masks: Masks | None = None
     for t in tqdm(range(1, rounds + 1), desc=f"Pruning with {type(criterion).__name__}", unit="round",
                   disable=not (progress and group.is_main)):  # fmt: skip
@@ -94,6 +97,30 @@ def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str) ->
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
     if scope not in SCOPES:
         raise InvalidArgumentError(f"scope={scope!r}: expected one of {', '.join(map(repr, SCOPES))}.")
+
+
+def _require_agreement(model: nn.Module, batches: Batches | None) -> None:
+    """Every process must hold the same weights and see the same batches: a fresh head drawn without a
+    common seed, or a DataLoader that shuffles or is already split, would give other masks on each."""
+    weights = hashlib.sha256()
+    for name, p in model.named_parameters():
+        weights.update(f"{name}{tuple(p.shape)}{float(p.detach().double().sum())!r}".encode())
+    if not same_everywhere(weights.digest(), model):
+        raise LaunchError(
+            "the processes hold models with different weights. Seed every process alike before a head is drawn at "
+            "random (accelerate.utils.set_seed), or load the same checkpoint everywhere."
+        )
+    if batches is None:
+        return
+    data = hashlib.sha256()
+    for inputs in inputs_of(batches, model):
+        images = inputs.images
+        data.update(f"{tuple(images.shape)}{float(images.double().sum())!r}{float(images.flatten()[0])!r}".encode())
+    if not same_everywhere(data.digest(), model):
+        raise DataError(
+            "the processes were given different batches. Give all of them to every process, in the same order: "
+            "a DataLoader without shuffle that has not gone through accelerator.prepare. prune shares them out."
+        )
 
 
 def _require_finite(targets: Mapping[str, Tensor]) -> None:

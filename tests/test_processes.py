@@ -21,6 +21,7 @@ import sys, torch, torch.distributed as dist
 import px_hf as px
 from networks import build, images
 torch.set_num_threads(1)
+px.distributed.processes()
 out, name, criterion, count, fail = sys.argv[1:6]
 sent = []
 if fail == "count":
@@ -32,11 +33,16 @@ if fail == "count":
 x = images(int(count))
 batches = [x[i : i + 2] for i in range(0, len(x), 2)]
 model = build(name)
+if fail == "other batches" and dist.get_rank() == 1:
+    batches.reverse()
+if fail == "other weights" and dist.get_rank() == 1:
+    torch.nn.init.normal_(next(model.parameters()))
+sent.clear()
 masks = px.prune(model, batches, eval(criterion), sparsity=0.7, rounds=2, progress=False)
 rank = dist.get_rank() if dist.is_initialized() else 0
 masks.save(f"{out}/{rank}.safetensors")
 if fail == "count":
-    assert sum(sent) <= 2 * (5 + 1), sent
+    assert sum(sent[4:]) <= 2 * (5 + 1), sent  # after the check that all agree: two rounds
 if dist.is_initialized():
     dist.destroy_process_group()
 """
@@ -88,6 +94,17 @@ def test_processes_that_do_not_know_of_each_other_are_an_error(tmp_path: Path) -
     assert done.returncode != 0
     assert "LaunchError: 2 processes were launched but Accelerate sees 1" in done.stderr
     assert "torchrun --nproc_per_node" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("other batches", "DataError: the processes were given different batches"),
+     ("other weights", "LaunchError: the processes hold models with different weights")],
+)  # fmt: skip
+def test_processes_that_disagree_are_an_error(what: str, message: str, tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, "mlp", "px.PX()", "6", what)
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 def test_an_error_on_one_process_ends_all(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ class Criterion(ABC):
 
     Attributes:
         iterative: whether pruning changes the scores of what remains, so that rounds matter.
+        needs_data: whether the batches are looked at.
     """
 
     iterative: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
 
     @abstractmethod
     def score(

@@ -18,6 +18,7 @@ class Magnitude(Criterion):
     """``S(θ) = |θ|``. Needs no data. (Janowsky 1989; Han et al. 2015, arXiv 1506.02626.)"""
 
     iterative: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
 
     def score(
         self,

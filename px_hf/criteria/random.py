@@ -25,6 +25,7 @@ class Random(Criterion):
 
     seed: int = 0
     iterative: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
 
     def score(
         self,
