@@ -197,3 +197,13 @@ def test_scores_equal_python_integers(paths: str, dtype: torch.dtype, tolerance:
     for score, flow in zip(scores.values(), flows, strict=True):
         shares = [float(Fraction(share, r) * found_r) for share in flow]
         assert score.flatten().tolist() == pytest.approx(shares, rel=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(torch.float32, 0.0), (torch.float64, 1e-48)])
+def test_float32_loses_paths_far_below_the_largest(dtype: torch.dtype, found: float) -> None:
+    """One exponent per tensor: what lies 10^45 below the tensor's largest path sum rounds to 0."""
+    model = nn.Sequential(*[nn.Linear(2, 2, bias=False, dtype=dtype) for _ in range(4)])
+    for p in model.parameters():
+        p.data = torch.diag(torch.tensor([1.0, 1e-6], dtype=dtype))
+    for score in px.PX(paths="active").score(model, [torch.ones(1, 2, dtype=dtype)], prune_head=True).values():
+        assert score.diag().tolist() == pytest.approx([1.0, found], rel=1e-9)
