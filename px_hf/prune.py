@@ -15,7 +15,7 @@ from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
-from .select import SCOPES, check_sparsity, select
+from .select import SCOPES, check_min_layer_density, check_sparsity, select
 from .targets import prunable, unwrap
 
 
@@ -28,6 +28,7 @@ def prune(
     rounds: int = 100,
     scope: str = "global",
     prune_head: bool = False,
+    min_layer_density: float = 0.0,
     progress: bool = True,
 ) -> Masks:
     """Find the masks of a sparse subnetwork of ``model``, which is left untouched.
@@ -53,6 +54,8 @@ def prune(
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
         scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike.
         prune_head: also prune the classifier head.
+        min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
+            [0, 1 - sparsity], against layers that are pruned empty.
         progress: show a bar over the rounds, on the main process.
 
     Returns:
@@ -67,6 +70,7 @@ def prune(
         LaunchError: several processes that do not know of each other, or that were given different models.
     """
     _validate(criterion, sparsity, rounds, scope)
+    check_min_layer_density(min_layer_density, sparsity)
     model = unwrap(model)
     targets = prunable(model, prune_head)
     _require_finite(targets)
@@ -81,10 +85,10 @@ def prune(
             model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
         )
         target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
-        masks = select(scores, sparsity=target, scope=scope, within=masks)
+        masks = select(scores, sparsity=target, scope=scope, within=masks, min_layer_density=min_layer_density)
     assert masks is not None
     if group.is_main:
-        _warn_of_empty_layers(masks._tensors)
+        _warn_of_empty_layers(masks._tensors, 1 - sparsity)
     return masks
 
 
@@ -129,11 +133,18 @@ def _require_finite(targets: Mapping[str, Tensor]) -> None:
             raise TargetError(f"the weight {name} holds NaN or infinity; load the model again before pruning it.")
 
 
-def _warn_of_empty_layers(masks: Mapping[str, Tensor]) -> None:
-    empty = [name for name, mask in masks.items() if not bool(mask.any())]
-    if empty:
+_NEARLY_EMPTY = 0.01
+"""A layer is named in a warning if its density is below this share of the density asked for."""
+
+
+def _warn_of_empty_layers(masks: Mapping[str, Tensor], density: float) -> None:
+    kept = {name: float(mask.double().mean()) for name, mask in masks.items() if mask.numel()}
+    poor = [name for name, share in kept.items() if share < _NEARLY_EMPTY * density]
+    if poor:
+        empty = sum(kept[name] == 0 for name in poor)
         warnings.warn(
-            f"{len(empty)} layer(s) lost all their weights: {', '.join(empty[:8])}{' ...' if len(empty) > 8 else ''}. "
-            "Prune less, use scope='layer', or use more rounds.",
+            f"{empty} layer(s) lost all their weights and {len(poor) - empty} nearly all (under {_NEARLY_EMPTY:.0%} "
+            f"of the density asked for): {', '.join(poor[:8])}{' ...' if len(poor) > 8 else ''}. Pass "
+            "min_layer_density, use more rounds or scope='layer', or prune less.",
             stacklevel=3,
         )

@@ -33,7 +33,12 @@ _Tensors = Mapping[str, Tensor]
 
 
 def select(
-    scores: Mapping[str, Tensor], *, sparsity: float, scope: str = "global", within: Masks | None = None
+    scores: Mapping[str, Tensor],
+    *,
+    sparsity: float,
+    scope: str = "global",
+    within: Masks | None = None,
+    min_layer_density: float = 0.0,
 ) -> Masks:
     """The masks that keep the weights with the highest scores.
 
@@ -44,6 +49,9 @@ def select(
     `within`: only weights kept there may be kept. The sparsity still counts over all weights; if `within`
     leaves fewer than are to be kept, all of them are.
 
+    `min_layer_density`: with scope "global", the fraction of each tensor, in [0, 1 - sparsity], that is kept
+    in any case: its own best weights. The rest of the budget is ranked over all weights as ever.
+
     Raises InvalidArgumentError for a setting out of range, negative scores, or scores that are no float
     tensors; NonFiniteError for NaN or infinite scores; TargetError if `within` is about other weights.
     """
@@ -53,7 +61,8 @@ def select(
     _check_scores(scores)
     if within is not None:
         _check_within(within, scores)
-    return Masks(SCOPES[scope](scores, density, {} if within is None else within._tensors))
+    floor = Fraction(repr(check_min_layer_density(min_layer_density, sparsity)))
+    return Masks(SCOPES[scope](scores, density, {} if within is None else within._tensors, floor))
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -70,29 +79,57 @@ def check_sparsity(sparsity: float) -> float:
     return value
 
 
-def _global(scores: _Tensors, density: Fraction, within: _Tensors) -> dict[str, Tensor]:
-    return _keep_top(scores, density, within)
+def check_min_layer_density(min_layer_density: float, sparsity: float) -> float:
+    """`min_layer_density` as a float in [0, 1 - sparsity]; InvalidArgumentError if it is not one."""
+    try:
+        value = float(min_layer_density)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 <= value <= 1 - sparsity + 1e-12:
+        raise InvalidArgumentError(
+            f"min_layer_density={min_layer_density!r}: expected a fraction in [0, {1 - sparsity:.6g}]: no layer can "
+            f"be sure of more than sparsity={sparsity!r} leaves of the whole."
+        )
+    return value
 
 
-def _layer(scores: _Tensors, density: Fraction, within: _Tensors) -> dict[str, Tensor]:
-    masks: dict[str, Tensor] = {}
-    for name, score in scores.items():
-        masks |= _keep_top({name: score}, density, within)
+def _global(scores: _Tensors, density: Fraction, within: _Tensors, floor: Fraction) -> dict[str, Tensor]:
+    count = _count(scores, density)
+    if not floor:
+        return _keep_top(scores, count, within)
+    masks = _layer(scores, floor, within, floor)
+    count -= sum(int(mask.count_nonzero()) for mask in masks.values())
+    rest = {name: ~mask & within[name] if within else ~mask for name, mask in masks.items()}
+    for name, mask in _keep_top(scores, max(0, count), rest).items():
+        masks[name] |= mask
     return masks
 
 
-SCOPES: dict[str, Callable[[_Tensors, Fraction, _Tensors], dict[str, Tensor]]] = {
+def _layer(scores: _Tensors, density: Fraction, within: _Tensors, floor: Fraction) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        masks |= _keep_top({name: score}, _count({name: score}, density), within)
+    return masks
+
+
+SCOPES: dict[str, Callable[[_Tensors, Fraction, _Tensors, Fraction], dict[str, Tensor]]] = {
     "global": _global,
     "layer": _layer,
 }
-"""Scope -> (checked scores, fraction to keep, what may be kept; no entry = everything) -> masks."""
+"""Scope -> (checked scores, fraction to keep, what may be kept; no entry = everything, fraction of each
+tensor to keep in any case) -> masks."""
 
 
-def _keep_top(scores: _Tensors, density: Fraction, within: _Tensors) -> dict[str, Tensor]:
-    """Masks with the share `density` of the weights of all `scores` together, those with the top scores."""
+def _count(scores: _Tensors, density: Fraction) -> int:
+    """How many weights to keep, at least one."""
     total = sum(score.numel() for score in scores.values())
     # Rounding the pruned count half to even, as documented, not the kept one.
-    count = max(1, total - round((1 - density) * total))
+    return max(1, total - round((1 - density) * total))
+
+
+def _keep_top(scores: _Tensors, count: int, within: _Tensors) -> dict[str, Tensor]:
+    """Masks with the `count` weights of all `scores` together that have the top scores."""
+    total = sum(score.numel() for score in scores.values())
     if within:
         count = min(count, sum(int(within[name].count_nonzero()) for name in scores))
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}

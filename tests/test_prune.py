@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,8 @@ BAD = [
     ("sparsity in percent", {"sparsity": 90}, ValueError, "sparsity"),
     ("no rounds", {"rounds": 0}, ValueError, "rounds=0"),
     ("rounds not whole", {"rounds": 2.5}, ValueError, r"rounds=2\.5"),
+    ("floor above the budget", {"min_layer_density": 0.6}, ValueError, r"min_layer_density=0\.6.*\[0, 0\.5\]"),
+    ("floor nan", {"min_layer_density": float("nan")}, ValueError, "min_layer_density=nan"),
     ("unknown scope", {"scope": "row"}, ValueError, "'row'.*'global'"),
     ("criterion class", {"criterion": px.PX}, ValueError, r"PX\(\)"),
     ("criterion name", {"criterion": "px"}, ValueError, "not a criterion"),
@@ -180,5 +183,23 @@ def test_an_emptied_layer_is_named() -> None:
     model = build("mlp")
     with torch.no_grad():
         model[3].weight.mul_(1e-6)
-    with pytest.warns(UserWarning, match=r"1 layer\(s\) lost all their weights: 3\.weight"):
+    with pytest.warns(UserWarning, match=r"1 layer\(s\) lost all their weights and 0 nearly all.*: 3\.weight"):
         px.prune(model, X, px.Magnitude(), sparsity=0.9, progress=False)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_min_layer_density_keeps_every_layer_alive(rounds: int) -> None:
+    model = build("mlp")
+    with torch.no_grad():
+        model[3].weight.mul_(1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masks = px.prune(
+            model, X, px.PX(), sparsity=0.9, rounds=rounds, min_layer_density=0.05, prune_head=True, progress=False
+        )
+    assert masks.total - masks.kept == round(0.9 * masks.total)
+    for name, mask in masks.items():
+        assert int(mask.sum()) >= round(0.05 * mask.numel()), name
+    best = px.select(px.PX().score(model, X), sparsity=0.95, scope="layer")
+    if rounds == 1:
+        assert all(bool((masks[name] | ~kept).all()) for name, kept in best.items())
