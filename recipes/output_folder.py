@@ -17,6 +17,9 @@ from px_hf.masks import MASKS_FILE
 FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 """Files of a saved model; any of them says that the folder is taken."""
 
+RUN_FILE = "run.json"
+"""The settings that masks depend on and, once known, the dense results: what a resumed run must know."""
+
 
 def find_checkpoint(out: Path, resume: str | None) -> str | None:
     """The checkpoint to resume from: the named one, or for "true" the newest whole one in `out`.
@@ -58,10 +61,35 @@ def claim(out: Path, overwrite: bool, checkpoint: str | None) -> None:
             )
 
 
-def remove_checkpoints(out: Path) -> None:
-    """Of an earlier run, which a later resume would take for this one's."""
+def begin(out: Path, run: Mapping[str, Any]) -> None:
+    """Starts a new run in `out`: its record is written, and checkpoints of an overwritten run are removed.
+
+    A later resume would take those for its own.
+    """
     for folder in _checkpoints(out):
         shutil.rmtree(folder)
+    write_json(out / RUN_FILE, run)
+
+
+def check_same_run(checkpoint: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the run that `checkpoint` is of, as far as it got; of a checkpoint that was moved, nothing.
+
+    **Raises** `InvalidArgumentError` if that run had other settings than `provenance`.
+    """
+    file = Path(checkpoint).parent / RUN_FILE
+    if not file.is_file():
+        return {"provenance": dict(provenance)}
+    run: dict[str, Any] = json.loads(file.read_text())
+    known = run["provenance"]
+    differing = [
+        f"{key}: {known.get(key)} then, {value} now" for key, value in provenance.items() if known.get(key) != value
+    ]
+    if differing:
+        raise px.InvalidArgumentError(
+            f"{checkpoint} is of a run with other settings ({'; '.join(differing)}). Resume with the same arguments, "
+            "or start anew in another --output_dir."
+        )
+    return run
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

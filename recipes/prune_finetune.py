@@ -26,7 +26,6 @@ per_layer_sparsity.png, training_curve.png, and the Trainer's checkpoints.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from arguments import DataArguments, FineTuneArguments, ModelArguments, parse
 from demo_data import digits
-from output_folder import claim, find_checkpoint, remove_checkpoints, write_json
+from output_folder import RUN_FILE, begin, check_same_run, claim, find_checkpoint, write_json
 from summary import Phases
 from transformers import (
     AutoConfig,
@@ -45,6 +44,7 @@ from transformers import (
     BaseImageProcessor,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 from transformers.trainer_utils import SaveStrategy
@@ -84,16 +84,24 @@ def main(argv: list[str]) -> None:
         phases.say(f"{model_args.model_name_or_path}: {model.num_parameters():,} parameters")
         phases.say(f"{', '.join(f'{len(data[name]):,} {name} images' for name in data)}, {len(labels)} classes")
 
+    provenance = {
+        "criterion": "none (dense)" if prune_args.dense else repr(criterion),
+        "sparsity_asked": prune_args.sparsity,
+        "rounds": prune_args.rounds,
+        "scope": prune_args.scope,
+        "calibration": batches.describe(),
+        "base_model": model_args.short_name(),
+        "base_revision": getattr(model.config, "_commit_hash", None) or model_args.model_revision,
+        "dataset": data_args.short_name(),
+        "seed": training.seed,
+    }
     with phases("Prune"):
         if checkpoint:
+            done = check_same_run(checkpoint, provenance)
             masks = px.Masks.from_pretrained(checkpoint)
             phases.say(f"the masks of {checkpoint}")
-            if abs(masks.sparsity - prune_args.sparsity) > len(masks) / masks.total:
-                raise px.InvalidArgumentError(
-                    f"{checkpoint} has masks of sparsity {masks.sparsity:.6g}, and --sparsity is "
-                    f"{prune_args.sparsity}: a resumed run keeps its masks. Pass their sparsity, or start anew."
-                )
         else:
+            done = {"provenance": provenance}
             masks = px.prune(
                 model,
                 batches,
@@ -102,64 +110,49 @@ def main(argv: list[str]) -> None:
                 rounds=prune_args.rounds,
                 scope=prune_args.scope,
                 prune_head=prune_args.prune_head,
+                progress=not training.disable_tqdm,
             )
+            if main_process:
+                begin(out, done)
         phases.say(f"{masks.kept:,} of {masks.total:,} weights kept")
 
-    dense: dict[str, Any] = {}
-    if prune_args.compare_dense:
+    if prune_args.compare_dense and "dense" not in done:
         with phases("Fine-tune dense"):
-            finished = out / "dense_results.json"
-            if checkpoint and finished.is_file():
-                dense = json.loads(finished.read_text())
-            else:
-                unsaved = copy.copy(training)
-                unsaved.save_strategy = SaveStrategy.NO
-                trainer = make_trainer(load_model(model_args, labels, training), data, unsaved)
-                trainer.train()
-                dense = evaluate_splits(trainer, data)
-                write_json(finished, dense)
+            unsaved = copy.copy(training)
+            unsaved.save_strategy = SaveStrategy.NO
+            trainer = make_trainer(load_model(model_args, labels, training), data, unsaved)
+            trainer.train()
+            done["dense"] = evaluate_splits(trainer, data)
+            if main_process:
+                write_json(out / RUN_FILE, done)
 
-    if main_process and checkpoint is None:
-        remove_checkpoints(out)
     with phases("Fine-tune"):
         masks.apply_(model)
-        trainer = make_trainer(model, data, training, callbacks=[px.KeepMasks(masks)])
+        trainer = make_trainer(model, data, training, processor, [px.KeepMasks(masks)])
         trainer.train(resume_from_checkpoint=checkpoint)
+    if main_process:
+        with phases("Save"):
+            overwrite = training.overwrite_output_dir
+            px.save_pretrained(
+                model, masks, out, image_processor=processor, provenance=provenance, overwrite=overwrite
+            )
+    with phases("Evaluate"):
         results = evaluate_splits(trainer, data)
-
     if not main_process:
         return
-    results |= {f"dense_{name}": value for name, value in dense.items()}
-    provenance = {
-        "criterion": repr(criterion),
-        "rounds": prune_args.rounds,
-        "scope": prune_args.scope,
-        "sparsity_asked": prune_args.sparsity,
-        "base_model": model_args.short_name(),
-        "base_revision": getattr(model.config, "_commit_hash", None) or model_args.model_revision,
-        "dataset": data_args.short_name(),
-        "calibration": batches.describe(),
-        "seed": training.seed,
-    }
-    with phases("Save"):
-        px.save_pretrained(
-            model,
-            masks,
-            out,
-            image_processor=processor,
-            provenance=provenance | results,
-            overwrite=training.overwrite_output_dir,
-        )
-        plot_layer_sparsity(masks, out / "per_layer_sparsity.png")
-        plot_training(
-            trainer.state.log_history,
-            out / "training_curve.png",
-            title=f"{model_args.short_name()} on {data_args.short_name()}: {masks.kept:,} of {masks.total:,} weights",
-            dense_accuracy=dense.get("eval_accuracy"),
-        )
     with phases("Load again"):
         difference = check_saved(out, model, masks, data.get("test", data["validation"]), model_args)
         phases.say(f"stock transformers loads {out}: zeros where promised, logits differ by {difference:.1g}")
+
+    dense = done.get("dense", {})
+    plot_layer_sparsity(masks, out / "per_layer_sparsity.png")
+    plot_training(
+        trainer.state.log_history,
+        out / "training_curve.png",
+        title=f"{model_args.short_name()} on {data_args.short_name()}: {masks.kept:,} of {masks.total:,} weights",
+        dense_accuracy=dense.get("eval_accuracy"),
+    )
+    results |= {f"dense_{name}": value for name, value in dense.items()}
     results |= provenance | px.report(model, masks, next(iter(batches))).to_dict()
     results |= {
         "masks_sha256": masks.fingerprint(),
@@ -222,7 +215,11 @@ def load_model(model_args: ModelArguments, labels: list[str], training: FineTune
 
 
 def make_trainer(
-    model: PreTrainedModel, data: dict[str, Split], training: FineTuneArguments, callbacks: list | None = None
+    model: PreTrainedModel,
+    data: dict[str, Split],
+    training: FineTuneArguments,
+    processor: BaseImageProcessor | None = None,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> Trainer:
     """A Trainer with exact losses over accumulated batches and processes, and accuracy without the network."""
     accuracy = evaluate.load(metric_path("accuracy"), keep_in_memory=True)
@@ -240,6 +237,7 @@ def make_trainer(
         eval_dataset=data["validation"],
         compute_loss_func=loss,
         compute_metrics=lambda p: accuracy.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
+        processing_class=processor,
         callbacks=callbacks,
     )
 

@@ -322,10 +322,16 @@ def test_a_half_written_checkpoint_is_named_and_an_older_whole_one_found(
         output_folder.find_checkpoint(tmp_path, "true")
 
 
-def test_a_resumed_run_does_not_take_another_sparsity(folder: Path, finished: tuple[Path, str]) -> None:
-    checkpoint = max(finished[0].glob("checkpoint-*"))
-    with pytest.raises(px.InvalidArgumentError, match=r"has masks of sparsity 0.9.*--sparsity is 0.5"):
-        run_here(settings(folder, "resumed", "--resume_from_checkpoint", str(checkpoint), "--sparsity", "0.5"))
+def test_a_resumed_run_does_not_take_other_settings(folder: Path, finished: tuple[Path, str]) -> None:
+    checkpoint = str(max(finished[0].glob("checkpoint-*")))
+    for more, message in {
+        ("--sparsity", "0.5"): "sparsity_asked: 0.9 then, 0.5 now",
+        ("--criterion", "magnitude"): r"criterion: PX\(.*\) then, Magnitude\(\) now",
+        ("--seed", "1"): "seed: 42 then, 1 now",
+    }.items():
+        with pytest.raises(px.InvalidArgumentError, match=message):
+            run_here(settings(folder, "resumed", "--resume_from_checkpoint", checkpoint, *more))
+    assert not (folder / "resumed").exists()
 
 
 def test_processes_that_do_not_know_of_each_other_stop(folder: Path) -> None:
