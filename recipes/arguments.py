@@ -125,8 +125,14 @@ class PruneArguments:
         default="global",
         metadata={"help": "Rank all weights together, or within each layer.", "choices": ["global", "layer"]},
     )
+    min_layer_density: float = field(
+        default=0.0, metadata={"help": "With scope global: the fraction of each layer that is kept in any case."}
+    )
     prune_head: bool = field(default=False, metadata={"help": "Prune the classifier head too."})
     examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
+    scoring_batch_size: int = field(
+        default=16, metadata={"help": "Images scored at once. Smaller saves memory; scores do not depend on it."}
+    )
     dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
     compare_dense: bool = field(
         default=False,
@@ -156,7 +162,7 @@ class FineTuneArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size of each process."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation and scoring."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
@@ -200,6 +206,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     model, data, prune, training = groups
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
+        prune.min_layer_density = 0.0
     if training.push_to_hub:
         raise px.InvalidArgumentError("This recipe does not push: upload the finished folder with `hf upload`.")
     mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
             pixels,
             examples_per_class=prune_args.examples_per_class,
             seed=training.seed,
-            batch_size=training.per_device_eval_batch_size,
+            batch_size=prune_args.scoring_batch_size,
         )
         augment = Augment(pixels, data_args.random_crop, data_args.horizontal_flip)
         data = {name: split.with_pixels(augment if name == "train" else pixels) for name, split in splits.items()}
@@ -89,6 +89,8 @@ def main(argv: list[str]) -> None:
         "sparsity_asked": prune_args.sparsity,
         "rounds": prune_args.rounds,
         "scope": prune_args.scope,
+        "min_layer_density": prune_args.min_layer_density,
+        "prune_head": prune_args.prune_head,
         "calibration": batches.describe(),
         "base_model": model_args.short_name(),
         "base_revision": getattr(model.config, "_commit_hash", None) or model_args.model_revision,
@@ -110,6 +112,7 @@ def main(argv: list[str]) -> None:
                 rounds=prune_args.rounds,
                 scope=prune_args.scope,
                 prune_head=prune_args.prune_head,
+                min_layer_density=prune_args.min_layer_density,
                 progress=not training.disable_tqdm,
             )
             if main_process:

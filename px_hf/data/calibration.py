@@ -71,7 +71,7 @@ def calibration_set(
     *,
     examples_per_class: int = 10,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> CalibrationSet:
     """Draws `examples_per_class` random examples of every class from the training split.
 
