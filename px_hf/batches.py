@@ -25,6 +25,13 @@ class Inputs:
     images: Tensor
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def parts(self, numbers: int) -> Iterator[Inputs]:
+        """The same examples in order, in parts whose images hold at most ``numbers`` numbers, or are one image."""
+        size = max(1, numbers // max(1, self.images[0].numel()))
+        for start in range(0, len(self.images), size):
+            part = slice(start, start + size)
+            yield Inputs(self.images[part], {name: other[part] for name, other in self.others.items()})
+
     def probe(self) -> Inputs:
         """One example with all-ones images."""
         return Inputs(torch.ones_like(self.images[:1]), {name: other[:1] for name, other in self.others.items()})
