@@ -86,6 +86,21 @@ class Transformer(nn.Module):
         return out
 
 
+class SqueezeExcite(nn.Module):
+    """A convolution whose channels are gated by a two-layer branch of their means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(2, 4, 3, bias=False), nn.Linear(4, 3, bias=False)
+        self.reduce, self.expand = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        gate = self.expand(F.silu(self.reduce(x.mean((2, 3))))).sigmoid()
+        out: Tensor = self.fc((x * gate[:, :, None, None]).relu().mean((2, 3)))
+        return out
+
+
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for below, above in itertools.pairwise(widths):
@@ -449,6 +464,32 @@ def test_a_vit_conserves_flow_per_branch_and_per_head(paths: str) -> None:
         assert fc1 == pytest.approx(fc2, rel=1e-10)
     r = float(scores["head.weight"].sum())
     assert all(0 < f < r for f in flow.values())
+
+
+@pytest.mark.parametrize("paths", PATHS)
+@pytest.mark.parametrize(
+    ("construct", "shape", "everything", "gate"),
+    [
+        (Transformer, (3, 3), ("embed", "head"), ("q", "k", "v", "o")),
+        (SqueezeExcite, (2, 5, 5), ("stem", "fc", "reduce", "expand"), ("reduce", "expand")),
+    ],
+    ids=["attention", "squeeze and excite"],
+)
+def test_weights_behind_a_gate_share_its_flow_and_no_other_weight_gains(
+    construct: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    everything: tuple[str, ...],
+    gate: tuple[str, ...],
+    paths: str,
+) -> None:
+    """All paths cross the first layer as they cross the last: what feeds a gate is not counted twice."""
+    torch.manual_seed(0)
+    model = construct().double()
+    scores = px.PX(paths=paths).score(model, [torch.randn(2, *shape, dtype=torch.float64)], prune_head=True)
+    totals = {n.removesuffix(".weight"): float(s.sum()) for n, s in scores.items()}
+    for group in (everything, gate):
+        for name in group:
+            assert totals[name] == pytest.approx(totals[group[0]], rel=1e-10), name
 
 
 def test_frozen_queries_and_keys_have_no_part_in_the_trace() -> None:
