@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate
 
 IMAGE_SIZE = 32
+COARSE_SHARE = 0.6  # of the letters pass through an 8 × 8 raster
 MERGED_WITH_CAPITAL = "cijklmopsuvwxyz"
 CLASSES = sorted(set(string.ascii_letters) - set(MERGED_WITH_CAPITAL))
 
@@ -82,7 +83,7 @@ def letters(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     ink = ((distance + thicken) * IMAGE_SIZE * size[:, None, None, None] / blur + 0.5).clamp(0, 1)
     # Low resolution: 8 × 8 counts of 0 to 16, enlarged again.
     coarse = (avg_pool2d(ink, IMAGE_SIZE // 8) * 16).round() / 16
-    ink = torch.where(chance(0.6), interpolate(coarse, size=IMAGE_SIZE, mode="bilinear"), ink)
+    ink = torch.where(chance(COARSE_SHARE), interpolate(coarse, size=IMAGE_SIZE, mode="bilinear"), ink)
 
     paper, contrast = uniform(0, 0.3, 1, 1, 1), uniform(0.5, 1, 1, 1, 1)
     image = paper + (1 - paper) * contrast * ink

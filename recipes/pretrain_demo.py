@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from demo_letters import CLASSES, IMAGE_SIZE, letters
+from demo_letters import CLASSES, COARSE_SHARE, IMAGE_SIZE, letters
 from output_folder import claim
 from torch.utils.data import IterableDataset
 from transformers import (
@@ -69,6 +69,11 @@ class Arguments:
     max_steps: int = field(default=6000, metadata={"help": "Training steps, each of a batch of new letters."})
     batch_size: int = field(default=128, metadata={"help": "Letters of a step."})
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise px.InvalidArgumentError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
 
 def build(backbone: str) -> PreTrainedModel:
     """The untrained network: less than 2 MB in float32."""
@@ -105,12 +110,12 @@ def main(arguments: Arguments) -> None:
     backbone = arguments.backbone
     out = Path(arguments.output_dir.replace("{backbone}", backbone))
     claim(out, arguments.overwrite_output_dir, checkpoint=None)
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the way a sum is split among threads decides its last digits
     set_seed(SEED)
     model = build(backbone)
     processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_convert_rgb=True)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
         trainer = Trainer(
             model,
@@ -139,7 +144,6 @@ def main(arguments: Arguments) -> None:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         Path(unfinished, "README.md").write_text(card(arguments, model, result))
-        out.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json", "preprocessor_config.json", "README.md"):
             os.replace(Path(unfinished, name), out / name)
     print(f"{out}: {model.num_parameters():,} parameters, {result:.1%} of {HELD_OUT:,} held-out letters right")
@@ -160,10 +164,10 @@ The backbone of px_hf's embedded example: a {type(model).__name__} of {model.num
 {IMAGE_SIZE} × {IMAGE_SIZE} images, trained from nothing by px_hf's `recipes/pretrain_demo.py`, for trying out
 transfer learning and pruning without a network.
 
-- **Training data**: {arguments.max_steps * arguments.batch_size:,} letters drawn from the text fonts that ship with
+- **Training data**: {arguments.max_steps * arguments.batch_size:,} letters from the text fonts that come with
   matplotlib (DejaVu, STIX, Computer Modern), at random sizes, positions, rotations, shears, elastic distortions,
-  stroke widths, contrasts and noise, 60 % of them through an 8 × 8 raster. {len(CLASSES)} classes: the 52 letters,
-  upper and lower case merged where only the size tells them apart. No digits.
+  stroke widths, contrasts and noise, {COARSE_SHARE:.0%} of them through an 8 × 8 raster. {len(CLASSES)} classes:
+  the 52 letters, upper and lower case merged where only the size tells them apart. No digits.
 - **Result**: {result:.1%} of {HELD_OUT:,} newly drawn letters of the same fonts are named right.
 - **Command**: `python recipes/pretrain_demo.py --backbone {arguments.backbone} --max_steps {arguments.max_steps}
   --batch_size {arguments.batch_size}`
@@ -181,5 +185,5 @@ model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, i
 if __name__ == "__main__":
     try:
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
-    except px.PxError as error:
+    except (px.PxError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -7,19 +7,27 @@ import os
 import string
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 from demo_data import digits  # noqa: E402
 from demo_letters import CLASSES, letters  # noqa: E402
+from pretrain_demo import Arguments, main  # noqa: E402
+
+import px_hf as px  # noqa: E402
 
 DEMO = RECIPES / "demo"
 BACKBONES = ["resnet", "vit"]
@@ -122,6 +130,29 @@ class TestBackbone:
         assert model(**inputs).logits.shape == (4, 10)
 
 
+def few_shot_accuracy(model: PreTrainedModel, processor: BaseImageProcessor, data: DatasetDict) -> float:
+    """A linear classifier on the frozen features, fitted to ten digits of each class."""
+    model.eval().classifier = torch.nn.Flatten()
+    features, labels = {}, {name: np.asarray(data[name]["label"]) for name in ("train", "test")}
+    for name in labels:
+        with torch.no_grad():
+            features[name] = model(**processor(data[name]["image"][:], return_tensors="pt")).logits.numpy()
+    few = np.concatenate([np.flatnonzero(labels["train"] == digit)[:10] for digit in range(10)])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+    return probe.fit(features["train"][few], labels["train"][few]).score(features["test"], labels["test"])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_is_learnt_from_letters_helps_with_digits(backbone: str, data: DatasetDict) -> None:
+    processor = AutoImageProcessor.from_pretrained(DEMO / backbone)
+    pretrained = AutoModelForImageClassification.from_pretrained(DEMO / backbone)
+    torch.manual_seed(0)
+    untrained = AutoModelForImageClassification.from_config(pretrained.config)
+    accuracy = few_shot_accuracy(pretrained, processor, data)
+    assert accuracy > 0.85
+    assert accuracy > few_shot_accuracy(untrained, processor, data) + 0.1
+
+
 def pretrain(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(RECIPES / "pretrain_demo.py"), "--backbone", "vit", "--output_dir", str(folder)]
     command += ["--max_steps", "2", "--batch_size", "8", *options]
@@ -137,12 +168,25 @@ def test_pretraining_is_reproducible_and_overwrites_only_when_told(tmp_path: Pat
     assert os.listdir(folder.parent) == ["vit"], "something unfinished was left behind"
     first = weights.read_bytes()
 
-    refused = pretrain(folder)
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("OutputExistsError")
-    assert "--overwrite_output_dir" in refused.stderr
+    with pytest.raises(px.OutputExistsError, match="--overwrite_output_dir"):
+        main(Arguments("vit", output_dir=str(folder)))
+    assert weights.read_bytes() == first
 
     weights.write_bytes(b"")
     again = pretrain(folder, "--overwrite_output_dir")
     assert again.returncode == 0, again.stderr
     assert weights.read_bytes() == first
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_steps", 0), ("batch_size", 0), ("batch_size", -1)])
+def test_pretraining_refuses_bad_numbers(name: str, value: Any) -> None:
+    with pytest.raises(px.InvalidArgumentError, match=f"--{name} must be at least 1, got {value}"):
+        replace(Arguments("vit"), **{name: value})
+
+
+def test_pretraining_refuses_a_file_as_its_folder_before_it_trains(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="notes"):
+        main(Arguments("vit", output_dir=str(file)))
+    assert file.read_text() == "mine"
