@@ -262,6 +262,123 @@ def _squeeze(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     return x * torch.sigmoid(F.linear(x.mean(1, keepdim=True), p["a"]))
 
 
+def _linear_attention(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    q, k, v = F.linear(x, p["q"]).relu(), F.linear(x, p["k"]).relu(), F.linear(x, p["v"])
+    return q @ (k.mT @ v)
+
+
+def linear_attention(reading: str) -> Map:
+    """φ(Q) (φ(K)ᵀ V): a value crosses two mixtures, of N tokens by φ(K) and of C channels by φ(Q)."""
+
+    def apply(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        q, k = (x @ p["q"].T).clamp(min=0), (x @ p["k"].T).clamp(min=0)
+        n, t, c = q.shape
+        value = (p["v"] != 0).double() if reading == "H" else p["v"] ** 2
+        v = product(lambda _: value)(s, x, p)
+        out = torch.zeros_like(v)
+        for b, i, m, j in itertools.product(range(n), range(t), range(c), range(t)):
+            gate = (q[b, i, m] * k[b, j, m]) ** 2
+            out[b, i] += {"H": t * c * gate, "G": 1 / (t * c), "ACTIVE": gate}[reading] * v[b, j]
+        return out
+
+    return apply
+
+
+def _talking_heads(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """The logits of one head are a mixture of those of all."""
+    q, k, v = (_heads(F.linear(x, p[w]), 2) for w in "qkv")
+    logits = F.linear((q @ k.mT).permute(0, 2, 3, 1), torch.eye(2, dtype=x.dtype)).permute(0, 3, 1, 2)
+    return _merge((logits * q.shape[-1] ** -0.5).softmax(-1) @ v)
+
+
+def _relative(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """A position term that is added to the logits, and the usual subtraction of the largest logit."""
+    q, k, v = (_heads(F.linear(x, p[w]), 2) for w in "qkv")
+    logits = (q @ k.mT) * q.shape[-1] ** -0.5 + 0 * (q @ torch.ones(2, 3, dtype=x.dtype))
+    exponentials = (logits - logits.amax(-1, keepdim=True)).exp()
+    return _merge(exponentials / exponentials.sum(-1, keepdim=True) @ v)
+
+
+def _latents(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Queries that are learned, not computed from x."""
+    k, v = F.linear(x, p["k"]), F.linear(x, p["v"])
+    return (F.linear(p["l"] * 1.0, p["q"]) @ k.mT).softmax(-1) @ v
+
+
+def _latent_sdpa(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    k, v = F.linear(x, p["k"]), F.linear(x, p["v"])
+    return F.scaled_dot_product_attention(F.linear(p["l"] * 1.0, p["q"]).expand(2, -1, -1), k, v, scale=1)
+
+
+def latents(reading: str) -> Map:
+    def apply(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        q, k = p["l"] @ p["q"].T, x @ p["k"].T
+        value = (p["v"] != 0).double() if reading == "H" else p["v"] ** 2
+        v = product(lambda _: value)(s, x, p)
+        t = x.shape[1]
+        out = torch.zeros(x.shape[0], q.shape[0], v.shape[-1], dtype=torch.float64)
+        for b, i in itertools.product(range(x.shape[0]), range(q.shape[0])):
+            weights = [math.exp(float(q[i] @ k[b, j])) for j in range(t)]
+            for j in range(t):
+                a = weights[j] / sum(weights)
+                out[b, i] += {"H": t * a * a, "G": 1 / t, "ACTIVE": a * a}[reading] * v[b, j]
+        return out
+
+    return apply
+
+
+def _hand_written_norm(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """RMSNorm in simple operations."""
+    return p["w"] * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1))
+
+
+def _global_response_norm(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * (norm / norm.mean(-1, keepdim=True))
+
+
+def global_response(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    norm = (x**2).sum(1, keepdim=True).sqrt()
+    return s * (norm / norm.mean(-1, keepdim=True)) ** 2
+
+
+def _spread_and_mean(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
+    return (x + mean) / variance
+
+
+def extremum_of(how: str, largest: bool = True) -> Map:
+    """Over the tokens of [N, T, C]."""
+
+    def apply(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        n, t, c = x.shape
+        out = torch.zeros(n, c, dtype=torch.float64)
+        for b, k in itertools.product(range(n), range(c)):
+            values = [float(x[b, i, k]) if largest else -float(x[b, i, k]) for i in range(t)]
+            out[b, k] = s[b, values.index(max(values)), k] if how == "taken" else s[b, :, k].mean()
+        return out
+
+    return apply
+
+
+def larger(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """max(x, x with its tokens reversed)."""
+    other = torch.tensor([2, 1, 0])
+    return torch.where(x >= x[:, other], s, s[:, other])
+
+
+def folded(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """[N, 4 · 4, 9] blocks of 2 × 2 -> [N, 4, 4, 4]: each entry the sum of those laid on it."""
+    out = torch.zeros(s.shape[0], 4, 4, 4, dtype=torch.float64)
+    for b, c, dy, dx, y, z in itertools.product(*map(range, (s.shape[0], 4, 2, 2, 3, 3))):
+        out[b, c, y + dy, z + dx] += s[b, (c * 2 + dy) * 2 + dx, y * 3 + z]
+    return out
+
+
+def _copied(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return torch.ones_like(x).copy_(x)
+
+
 ROWS = [
     Row("linear", "linear", lambda x, p: F.linear(x, p["w"], p["b"]), TOKENS,
         product(_mask("w")), product(_square("w")), product(_square("w")), {"w": (5, 4), "b": (5,)}),
@@ -379,4 +496,42 @@ ROWS = [
         *[lambda s, x, p: s * torch.tensor([0.0, 1, 1, 1]).double()] * 3),
     Row("interpolate", "interpolate", lambda x, p: F.interpolate(x, scale_factor=2), TOKENS,
         *[lambda s, x, p: s.repeat_interleave(2, -1)] * 3),
+    Row("bias first", "addmm", lambda x, p: torch.addmm(p["b"], x.reshape(6, 4), p["w"].t()).view(2, 3, 5), TOKENS,
+        product(_mask("w")), product(_square("w")), product(_square("w")), {"w": (5, 4), "b": (5,)}),
+    Row("square", "power", lambda x, p: x**2, TOKENS, pointwise(lambda z: z), same),
+    Row("root", "power", lambda x, p: (x * 1.0).abs().sqrt(), TOKENS, pointwise(lambda z: abs(z) ** -0.5), same),
+    Row("exponential", "unbounded", lambda x, p: x.exp(), TOKENS, pointwise(lambda z: math.expm1(z) / z), same),
+    Row("clamp", "unbounded", lambda x, p: x.clamp(-1, 2), TOKENS,
+        pointwise(lambda z: min(max(z, -1), 2) / z), same),
+    Row("RMSNorm by hand", "statistic", _hand_written_norm, TOKENS,
+        scaled(lambda x, p: 1 / ((x**2).mean(-1, keepdim=True) + 0.1)), scaled(lambda x, p: p["w"] ** 2), None,
+        {"w": (4,)}),
+    Row("RMSNorm by hand, power", "power", lambda x, p: x * (x.square().mean(-1, keepdim=True) + 0.1).pow(-0.5),
+        TOKENS, scaled(lambda x, p: 1 / ((x**2).mean(-1, keepdim=True) + 0.1)), same),
+    Row("global response norm", "statistic", _global_response_norm, TOKENS, global_response, same),
+    Row("var_mean", "spread_and_mean", _spread_and_mean, TOKENS,
+        lambda s, x, p: (s + s.mean(-1, keepdim=True)) / x.var(-1, keepdim=True) ** 2,
+        lambda s, x, p: s + s.mean(-1, keepdim=True),
+        lambda s, x, p: (s + s.mean(-1, keepdim=True) / 4) / x.var(-1, keepdim=True) ** 2),
+    Row("max over tokens", "extremum", lambda x, p: x.max(1).values, TOKENS,
+        extremum_of("taken"), extremum_of("mean"), extremum_of("taken")),
+    Row("min over tokens", "extremum", lambda x, p: x.min(dim=1, keepdim=True).values.squeeze(1), TOKENS,
+        extremum_of("taken", False), extremum_of("mean"), extremum_of("taken", False)),
+    Row("larger of two", "elementwise_extremum", lambda x, p: torch.maximum(x, x.flip(1)), TOKENS,
+        larger, lambda s, x, p: (s + s[:, torch.tensor([2, 1, 0])]) / 2, larger),
+    Row("fold", "fold", lambda x, p: F.fold(x, (4, 4), 2), (2, 16, 9), folded, folded, folded),
+    Row("linear attention", "matmul", _linear_attention, TOKENS,
+        linear_attention("H"), linear_attention("G"), linear_attention("ACTIVE"), QKV),
+    Row("talking heads", "matmul", _talking_heads, TOKENS,
+        attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
+    Row("relative positions, softmax by hand", "matmul", _relative, TOKENS,
+        attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
+    Row("learned queries", "matmul", _latents, TOKENS,
+        latents("H"), latents("G"), latents("ACTIVE"), {**QKV, "l": (2, 4)}),
+    Row("learned queries, sdpa", "scaled_dot_product_attention", _latent_sdpa, TOKENS,
+        latents("H"), latents("G"), latents("ACTIVE"), {**QKV, "l": (2, 4)}),
+    Row("constants of the same shape", "constant", lambda x, p: x + torch.zeros_like(x) + x.new_zeros(4), TOKENS,
+        same, same),
+    Row("copy", "copy", _copied, TOKENS, same, same),
+    Row("where", "where", lambda x, p: torch.where(x.detach().new_ones(4) > 0, x, x.flip(1)), TOKENS, same, same),
 ]  # fmt: skip

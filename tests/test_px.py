@@ -266,12 +266,39 @@ class Unused(nn.Module):
         self.used, self.spare, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.spare(x)
         return self.head(self.used(x).relu())
 
 
-def test_a_weight_without_paths_is_named() -> None:
-    with pytest.raises(px.TargetError, match=r"spare\.weight"):
-        px.PX().score(Unused(), [torch.randn(2, 4)])
+class LearnedBias(Unused):
+    """The input of ``spare`` does not depend on the data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.used(x).relu() + self.spare(torch.ones(4)))
+
+
+class Lost(Unused):
+    """``spare`` acts on the data, but only through a statistic, which is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.used(x).relu()) / self.spare(x).norm()
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+@pytest.mark.parametrize("model", [Unused, LearnedBias])
+def test_a_weight_that_no_path_can_lead_through_stays_dense_and_is_named(model: type[nn.Module], paths: str) -> None:
+    with pytest.warns(UserWarning, match=r"1 prunable weight.*stay dense.*spare\.weight"):
+        scores = px.PX(paths=paths).score(model(), [torch.randn(2, 4)])
+    assert list(scores) == ["used.weight"]
+    with pytest.warns(UserWarning, match=r"spare\.weight"):
+        masks = px.prune(model(), [torch.randn(2, 4)], px.PX(paths=paths), sparsity=0.5, rounds=2, progress=False)
+    assert list(masks) == ["used.weight"]
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+def test_a_weight_whose_paths_are_lost_is_an_error(paths: str) -> None:
+    with pytest.raises(px.TargetError, match=r"the output depends on 1 prunable weight.*spare\.weight"):
+        px.PX(paths=paths).score(Lost(), [torch.randn(2, 4)])
 
 
 @pytest.mark.parametrize("paths", ["all", "active"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call, times
-from .companions import Flow
+from .companions import Flow, Gate
 from .registry import rule, variants
 
 BOUNDED = 2
@@ -108,8 +108,22 @@ def bounded(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
     return _secant(call, BOUNDED)(input, *args, **kwargs)
 
 
-@rule(*variants("elu", "selu", "celu", "softplus", "mish", "softshrink", "hardshrink", "abs"), reads_input=True)
+@rule(
+    *variants("elu", "selu", "celu", "softplus", "mish", "softshrink", "hardshrink", "abs", "exp"),
+    *variants("clamp", "clamp_min", "clip"),
+    reads_input=True,
+)
 def unbounded(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
+    return _secant(call, ACTIVATED)(input, *args, **kwargs)
+
+
+@rule(*variants("pow", "float_power", "square", "sqrt"), torch.Tensor.__pow__, reads_input=True)
+def power(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow | Gate:
+    exponent = args[0] if args else kwargs.get("exponent", 1)
+    if not call.has_paths(input):
+        raise NotImplementedError("an activation for an exponent")
+    if not bool(torch.as_tensor(exponent > 0).all()):
+        return Gate()  # a normalisation, as in x · rms(x)^-½
     return _secant(call, ACTIVATED)(input, *args, **kwargs)
 
 

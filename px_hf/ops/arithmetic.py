@@ -9,7 +9,7 @@ c x with a fixed c              abs(c)            abs(c)
 x ⊙ gate                        gate²             credit to the gate, see ops/gates
 =============================== ================= ==================================
 
-A constant summand (bias, position embedding) starts no path. In a product of two activations the
+A constant summand (bias, position embedding, a frozen statistic) starts no path. In a product of two activations the
 one that comes from a bounded function gates the other, else the one from any activation function,
 else the second.
 """
@@ -34,10 +34,11 @@ def _shaped(s: Any, out: Tensor) -> Any:
 def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Flow | Gate:
     out: Tensor = call.out
     if call.is_gate(x) or call.is_gate(y):
-        # Frozen logits plus something, such as a relative position term q·r: still frozen logits.
         gate = call.companion(x) if call.is_gate(x) else call.companion(y)
         assert isinstance(gate, Gate)
-        return gate
+        if gate.product:  # logits plus something, such as a relative position term q·r: still logits
+            return gate
+        return call.flow(lambda s: _shaped(s, out), x if call.has_paths(x) else y)
     weight = call.fixed(alpha)
     if call.has_paths(x) and call.has_paths(y):
         return call.flow(lambda a, b: a + (b if weight == 1 else weight * b), x, y)

@@ -9,6 +9,10 @@ A V, with A softmax(QKᵀ) frozen  N·A∘A on the values   mean over the N toke
 N·A∘A·(1/N) = A∘A is what one stream carries. The weights behind Q and K share the flow of their
 head by conservation, see `px_hf.ops.gates`: u = q̃·k̃, the product of the path sums of queries and
 keys, each averaged over tokens.
+
+Linear attention φ(Q) (φ(K)ᵀ V) has no pattern, but its factors mix in the same way. In a product of
+two activations the one that comes from an activation function mixes the other; one that is itself
+mixed already (φ(K)ᵀ V) is mixed by the other. Between equals it is a pattern Q Kᵀ.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from .companions import Flow, Gate, Paths
 from .gates import branch, unit_gain
 from .linear import matrix_product
 from .registry import decomposition, rule, variants
+
+MIXED = -1
+"""`Paths.gating` of the result of a mixture: it is on the value path."""
 
 
 def _mix(call: Call, pattern: Tensor, credit: Tensor | None, values: Tensor) -> Flow:
@@ -43,7 +50,7 @@ def _mix(call: Call, pattern: Tensor, credit: Tensor | None, values: Tensor) -> 
             return (credit.expand(pattern.shape) / tokens) @ s
         return s.mean(-2, keepdim=True).expand(*s.shape[:-2], pattern.shape[-2], s.shape[-1])
 
-    return call.flow(fn, values)
+    return call.flow(fn, values, gating=MIXED)
 
 
 def _scores(query: Paths, key: Paths, key_transposed: bool) -> Gate:
@@ -55,7 +62,7 @@ def _scores(query: Paths, key: Paths, key_transposed: bool) -> Gate:
         k = k.mean(-1, keepdim=True) if key_transposed else k.mean(-2, keepdim=True).mT
         return q @ k
 
-    return Gate((source,))
+    return Gate((source,), product=True)
 
 
 @rule(*variants("matmul", "bmm"), torch.Tensor.__rmatmul__)
@@ -63,15 +70,16 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Flow | Gate:
     if call.op is torch.Tensor.__rmatmul__:
         a, b = b, a
     first, second = call.companion(a), call.companion(b)
-    if isinstance(first, Paths) and isinstance(second, Paths):
-        return _scores(first, second, key_transposed=True)
-    if isinstance(first, Gate):
+    both = isinstance(first, Paths) and isinstance(second, Paths)
+    if both and call.gating(a) == call.gating(b):
+        return _scores(first, second, key_transposed=True)  # type: ignore[arg-type]
+    if isinstance(first, Gate) or (both and call.gating(a) > call.gating(b)):
         return _mix(call, a, call.credit(a, b), b)
-    if isinstance(second, Gate):
+    if isinstance(second, Gate) or both:
         credit = call.credit(b, a)
         flow = _mix(call, b.mT, None if credit is None else credit.mT, a)
         inner = flow.fn
-        return call.flow(lambda s: inner(s.mT).mT, a)  # type: ignore[union-attr]
+        return call.flow(lambda s: inner(s.mT).mT, a, gating=MIXED)  # type: ignore[union-attr]
     return matrix_product(call, a, b)
 
 
@@ -84,7 +92,8 @@ def einsum(call: Call, equation: str, *operands: Any) -> Flow | Gate:
     if len(factors) != 2 or not result or "." in equation:
         raise NotImplementedError(f"the equation {equation!r}")
     alive = [isinstance(call.companion(f), Paths) for f in factors]
-    if all(alive):
+    both = all(alive)
+    if both and call.gating(factors[0]) == call.gating(factors[1]):
         query, key = call.companion(factors[0]), call.companion(factors[1])
         assert isinstance(query, Paths)
         assert isinstance(key, Paths)
@@ -99,12 +108,12 @@ def einsum(call: Call, equation: str, *operands: Any) -> Flow | Gate:
             u: Tensor = torch.einsum(equation, q, k)
             return u
 
-        return Gate((source,))
-    if alive[1]:
+        return Gate((source,), product=True)
+    if not alive[0] or (both and call.gating(factors[0]) > call.gating(factors[1])):
         factors, names = factors[::-1], names[::-1]
     stream, factor = factors
     order = f"{names[0]},{names[1]}->{result}"
-    if not call.is_gate(factor):
+    if not (both or call.is_gate(factor)):
         return call.flow(lambda s, w: torch.einsum(order, s, w), stream, weight=call.weight(factor))
     tokens_mixed = 1
     for axis in set(names[0]) & set(names[1]) - set(result):
@@ -114,7 +123,7 @@ def einsum(call: Call, equation: str, *operands: Any) -> Flow | Gate:
         squared = torch.full(factor.shape, 1 / tokens_mixed, dtype=call.dtype, device=factor.device)
     elif not call.reading.weights:
         squared = squared * tokens_mixed
-    return call.flow(lambda s: torch.einsum(order, s, times(squared, credit)), stream)
+    return call.flow(lambda s: torch.einsum(order, s, times(squared, credit)), stream, gating=MIXED)
 
 
 @rule(*variants("softmax"))
@@ -155,9 +164,17 @@ def scaled_dot_product_attention(
         pattern = logits.softmax(-1)
     credit = None
     q, k, v = call.companion(query), call.companion(key), call.companion(value)
-    if call.reading.weights and isinstance(q, Paths) and isinstance(k, Paths) and isinstance(v, Paths):
-        credit = unit_gain(_scores(q, k, key_transposed=False), v)
+    if call.reading.weights and isinstance(v, Paths):
+        if isinstance(q, Paths) and isinstance(k, Paths):
+            credit = unit_gain(_scores(q, k, key_transposed=False), v)
+        elif isinstance(q, Paths) or isinstance(k, Paths):  # the other is learned, or a constant
+            credit = unit_gain(_alone(q if isinstance(q, Paths) else k), v)  # type: ignore[arg-type]
     return _mix(call, pattern, credit, value)
+
+
+def _alone(factor: Paths) -> Gate:
+    """The companion of Q Kᵀ where only one of the two carries paths."""
+    return Gate((lambda trunk: branch(factor, trunk).mean((-2, -1), keepdim=True),))
 
 
 @decomposition(F.multi_head_attention_forward)

@@ -58,9 +58,14 @@ Source = Callable[[Paths], Tensor]
 
 @dataclass(eq=False)
 class Gate:
-    """A factor that is frozen at its value. ``sources`` broadcast to the shape of the tensor."""
+    """A factor that is frozen at its value. ``sources`` broadcast to the shape of the tensor.
+
+    ``product``: it is a product of two activations, such as Q Kᵀ, so an activation that is added to it
+    (a relative position term) is part of it, not the other way round.
+    """
 
     sources: tuple[Source, ...] = ()
+    product: bool = False
 
 
 @dataclass(eq=False)

@@ -7,7 +7,9 @@ conv, linear        the same op with the mask   the same op with W²
 fixed kernel c      the same op with abs(c)     the same op with abs(c)
 =================== ==========================  =======================
 
-Biases start no path and are dropped.
+Biases start no path and are dropped. In a matrix product a factor that is computed from parameters
+alone, such as the queries of learned latents, is fixed. A layer that mixes frozen attention logits
+(talking heads) mixes what their weights are credited with by W², see `px_hf.ops.gates`.
 """
 
 from __future__ import annotations
@@ -19,24 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
-from .companions import Flow
-from .registry import rule
+from .companions import Derived, Flow, Weight
+from .registry import rule, variants
 
 
-def _weight_is_constant_input(call: Call, x: Tensor, weight: Tensor) -> None:
-    if not call.has_paths(x) or call.has_paths(weight):
+def _require_weight(call: Call, x: Tensor, weight: Tensor) -> None:
+    if not (call.has_paths(x) or call.is_gate(x)) or call.has_paths(weight) or call.is_gate(weight):
         raise NotImplementedError("a weight that depends on the input")
 
 
-@rule(F.linear)
+@rule(F.linear, gates=True)
 def linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Flow:
-    _weight_is_constant_input(call, x, weight)
+    _require_weight(call, x, weight)
     return call.flow(lambda s, w: F.linear(s, w), x, weight=call.weight(weight))
 
 
-@rule(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+@rule(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, gates=True)
 def conv(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Flow:
-    _weight_is_constant_input(call, input, weight)
+    _require_weight(call, input, weight)
     op = call.op
     return call.flow(lambda s, w: op(s, w, None, *args, **kwargs), input, weight=call.weight(weight))
 
@@ -44,5 +46,19 @@ def conv(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, 
 def matrix_product(call: Call, a: Tensor, b: Tensor) -> Flow:
     """``a @ b`` where one factor carries paths and the other is a parameter or fixed."""
     if call.has_paths(a):
-        return call.flow(lambda s, w: torch.matmul(s, w), a, weight=call.weight(b))
-    return call.flow(lambda s, w: torch.matmul(w, s), b, weight=call.weight(a))
+        return call.flow(lambda s, w: torch.matmul(s, w), a, weight=_matrix(call, b))
+    return call.flow(lambda s, w: torch.matmul(w, s), b, weight=_matrix(call, a))
+
+
+def _matrix(call: Call, value: Tensor) -> Any:
+    return call.fixed(value) if isinstance(call.companion(value), Derived) else call.weight(value)
+
+
+@rule(*variants("addmm"))
+def addmm(call: Call, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Flow:
+    """A linear layer with its bias written first."""
+    if call.companion(input) is not None and not isinstance(call.companion(input), (Weight, Derived)):
+        raise NotImplementedError("an activation for a bias")
+    if alpha != 1:
+        raise NotImplementedError(f"alpha={alpha}")
+    return matrix_product(call, mat1, mat2)

@@ -7,6 +7,7 @@ BatchNorm (running statistics)  identity           γ²/(σ² + ε)
 Layer-, Group-, InstanceNorm    1/(σ(x)² + ε)      γ²
 RMSNorm                         1/(rms(x)² + ε)    γ²
 F.normalize                     1/max(‖x‖, ε)²     identity
+a norm, σ(x), 1/x, 1/√x         a frozen gate      a frozen gate
 =============================== ================== ==============
 
 BatchNorm with running statistics is a fixed affine map, read as a weight: scores equal those of the
@@ -17,14 +18,15 @@ which is a gate; their centring, a weak coupling of all entries, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call, times
-from .companions import Flow
-from .registry import rule
+from .companions import Flow, Gate
+from .registry import decomposition, rule, variants
 
 
 def _per_channel(value: Tensor, dims: int) -> Tensor:
@@ -129,3 +131,15 @@ def normalize(
     if call.reading.gates:
         gate2 = 1 / input.to(call.dtype).norm(p, dim, keepdim=True).clamp(min=eps).square()
     return call.flow(lambda s: times(s, gate2), input)
+
+
+@rule(*variants("norm", "var", "std", "rsqrt", "reciprocal"), torch.linalg.norm, torch.linalg.vector_norm)
+def statistic(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Gate:
+    """What a hand-written normalisation multiplies or divides by."""
+    return Gate()
+
+
+@decomposition(torch.var_mean, torch.std_mean)
+def spread_and_mean(input: Tensor, dim: Any = None, *, correction: int = 1, keepdim: bool = False) -> Any:
+    mean = input.mean(dim, keepdim=keepdim)
+    return input.var(dim, correction=correction, keepdim=keepdim), mean

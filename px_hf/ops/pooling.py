@@ -3,9 +3,10 @@
 ================== ============= ========================
 op                 h             g
 ================== ============= ========================
-max-pool           the arg max   the mean of the window
+max-pool, max, min the arg max   the mean of the window
+max(x, y), where   the one taken the mean of the two; the one taken
 average, mean      the same op   the same op
-sum                the same op   the same op
+sum, fold          the same op   the same op
 ================== ============= ========================
 
 An average's 1/n is a fixed coefficient: where one stream carries both readings it counts squared.
@@ -146,11 +147,54 @@ def _no_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k != "dtype"}
 
 
-@rule(*variants("amax"))
+@rule(*variants("amax", "amin"))
 def amax(call: Call, input: Tensor, dim: Any = (), keepdim: bool = False) -> Flow:
+    return _shared_extremum(call, input, dim, keepdim)
+
+
+def _shared_extremum(call: Call, input: Tensor, dim: Any, keepdim: bool) -> Flow:
+    """Entries that are equally large (small) share their place."""
     if not call.reading.gates:
         return call.flow(lambda s: s.mean(dim or None, keepdim=keepdim), input)
-    kept = call.out if keepdim or not dim else input.amax(dim, keepdim=True)
+    kept = call.out if keepdim or dim == () else call.op(input, dim, keepdim=True)
     chosen = (input == kept).to(call.dtype)
     share = chosen / chosen.sum(dim or None, keepdim=True)
     return call.flow(lambda s: (s * share).sum(dim or None, keepdim=keepdim), input)
+
+
+@rule(*variants("max", "min"))
+def extremum(call: Call, input: Tensor, dim: Any = None, keepdim: bool = False) -> Flow:
+    if isinstance(dim, Tensor):
+        return _larger_or_smaller(call, input, dim)
+    if dim is None:
+        return _shared_extremum(call, input, (), False)
+    if not call.reading.gates:
+        return call.flow(lambda s: s.mean(dim, keepdim=keepdim), input)
+    indices = call.out.indices if keepdim else call.out.indices.unsqueeze(dim)
+
+    def fn(s: Tensor) -> Tensor:
+        taken = s.gather(dim, indices)
+        return taken if keepdim else taken.squeeze(dim)
+
+    return call.flow(fn, input)
+
+
+@rule(*variants("maximum", "minimum", "fmax", "fmin"))
+def elementwise_extremum(call: Call, input: Tensor, other: Tensor) -> Flow:
+    return _larger_or_smaller(call, input, other)
+
+
+def _larger_or_smaller(call: Call, input: Tensor, other: Tensor) -> Flow:
+    shape = call.out.shape
+    carrying = [t for t in (input, other) if call.has_paths(t)]
+    if not call.reading.gates:
+        return call.flow(lambda *s: sum(t.expand(shape) for t in s) / len(carrying), *carrying)
+    first = (call.out == input).to(call.dtype)  # equals are taken from the first
+    shares = [share for t, share in ((input, first), (other, 1 - first)) if call.has_paths(t)]
+    return call.flow(lambda *s: sum(t * share for t, share in zip(s, shares, strict=True)), *carrying)
+
+
+@rule(F.fold)
+def fold(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
+    """The sum of overlapping blocks."""
+    return call.flow(lambda s: F.fold(s, *args, **kwargs), input)

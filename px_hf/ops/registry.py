@@ -26,6 +26,10 @@ RULES: dict[Op, Rule] = {}
 SHAPE_OPS: set[Op] = set()
 """Operations that only move entries about: their rule also holds for parameters and for gates."""
 
+GATE_OPS: set[Op] = set()
+"""Operations whose rule also says what they make of the sources of a gate, such as a linear layer
+that mixes the heads of an attention pattern."""
+
 READS_INPUT: set[Op] = set()
 """Operations whose rule looks at the value of the first argument, which an in-place call destroys."""
 
@@ -45,7 +49,7 @@ def variants(*names: str) -> list[Op]:
     return found
 
 
-def rule(*ops: Op, shape: bool = False, reads_input: bool = False) -> Callable[[Rule], Rule]:
+def rule(*ops: Op, shape: bool = False, gates: bool = False, reads_input: bool = False) -> Callable[[Rule], Rule]:
     """Enter the decorated rule into the table for each of ``ops``."""
 
     def enter(function: Rule) -> Rule:
@@ -53,6 +57,8 @@ def rule(*ops: Op, shape: bool = False, reads_input: bool = False) -> Callable[[
             RULES[op] = function
             if shape:
                 SHAPE_OPS.add(op)
+            if gates:
+                GATE_OPS.add(op)
             if reads_input:
                 READS_INPUT.add(op)
         return function

@@ -102,6 +102,36 @@ def setitem(call: Call, target: Tensor, index: Any, value: Any) -> Flow:
     return call.flow(lambda b: write(torch.zeros(shape, dtype=call.dtype, device=device), b), value)
 
 
+@rule(torch.Tensor.copy_)
+def copy(call: Call, target: Tensor, source: Tensor, non_blocking: bool = False) -> Flow | None:
+    if not call.has_paths(source):
+        return None
+    shape = call.out.shape
+    return call.flow(lambda s: s.expand(shape).clone(), source)
+
+
+_CONSTANTS = [
+    *variants("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero"),
+    *(getattr(torch.Tensor, f"new_{name}") for name in ("zeros", "ones", "full", "empty", "tensor")),
+]
+
+
+@rule(*_CONSTANTS)
+def constant(call: Call, *args: Any, **kwargs: Any) -> None:
+    """Takes shape and dtype of an activation, not its values."""
+
+
+@rule(*variants("where"))
+def where(call: Call, condition: Tensor, x: Any, y: Any) -> Flow:
+    """Each entry from the operand it is taken from; a constant starts no path."""
+    if call.op is torch.Tensor.where:
+        condition, x = x, condition
+    shape = call.out.shape
+    chosen = [(t, mask) for t, mask in ((x, condition), (y, ~condition)) if call.has_paths(t)]
+    operands = [t for t, _ in chosen]
+    return call.flow(lambda *s: sum(t * mask for t, (_, mask) in zip(s, chosen, strict=True)).expand(shape), *operands)
+
+
 @rule(*variants("masked_fill"), shape=True)
 def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Flow:
     return call.flow(lambda s: s.masked_fill(mask, 0.0), input)

@@ -38,7 +38,7 @@ from .companions import (
     largest,
     power_of_two,
 )
-from .registry import DECOMPOSITIONS, READS_INPUT, RULES, SHAPE_OPS
+from .registry import DECOMPOSITIONS, GATE_OPS, READS_INPUT, RULES, SHAPE_OPS
 
 
 class Tracer(TorchFunctionMode):
@@ -50,6 +50,9 @@ class Tracer(TorchFunctionMode):
         weights: parameter -> `Weight`. Masks in it are applied to the values as they are used.
         dtype: of the path sums.
 
+    Attributes:
+        met: readings of the weights that met an activation or a gate; empty where weights are not read.
+
     Raises:
         UnsupportedOpError: on leaving, if there were operations without a rule; lists all of them.
     """
@@ -60,9 +63,10 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.reading = reading
         self.dtype = dtype
+        self.met: list[Tensor] = []
         self._companions = WeakTensorKeyDictionary()
         for parameter, weight in weights.items():
-            self._companions[parameter] = weight
+            self._keep(parameter, weight)
         self._unknown: dict[str, dict[str, None]] = {}
         self._modules: list[str] = []
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -91,12 +95,25 @@ class Tracer(TorchFunctionMode):
 
     def start(self, value: Tensor, data: Tensor) -> None:
         """Paths start at ``value``, with path sums ``data``."""
-        self._companions[value] = Paths(data, 0)
+        self._keep(value, Paths(data, 0))
 
     def paths(self, value: Tensor) -> Paths | None:
         """The path sums that arrived at ``value``."""
-        companion = self._companions.get(value)
+        companion = self._companion(value)
         return companion if isinstance(companion, Paths) else None
+
+    def _keep(self, value: Tensor, companion: Companion) -> None:
+        self._companions[value] = companion, value._version
+
+    def _companion(self, value: Tensor) -> Companion | None:
+        found = self._companions.get(value)
+        if found is None:
+            return None
+        companion: Companion
+        companion, version = found
+        if version != value._version:  # all views of one memory share a version
+            return self._record("an in-place operation on a tensor of which another view is used afterwards")
+        return companion
 
     # ---------------------------------------------------------------------------------- one call
 
@@ -110,7 +127,7 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         found: dict[int, Companion] = {}
         for tensor in _tensors((args, kwargs)):
-            companion = self._companions.get(tensor)
+            companion = self._companion(tensor)
             if companion is not None:
                 found[id(tensor)] = companion
         if not found:
@@ -131,6 +148,9 @@ class Tracer(TorchFunctionMode):
             return out
         with torch.set_grad_enabled(self.reading.weights), full_precision(next(_tensors(target)).device):
             result = self._result(op, target, found, rule_args, kwargs)
+        if args and target is args[0] and target._base is not None:
+            # Written through a view of a tensor that has no path sums of its own: see _companion.
+            self._companions.setdefault(target._base, (UNKNOWN, -1))
         self._attach(target, result)
         return out
 
@@ -151,6 +171,8 @@ class Tracer(TorchFunctionMode):
             return self._record(_name(op))
         if unknown:
             return UNKNOWN
+        if self.reading.weights and (alive or Gate in kinds):
+            self.met += [c.path for c in found.values() if isinstance(c, (Weight, Derived)) and c.path is not None]
         call = Call(op, out, self.reading, self.dtype, found)
         if alive:
             assert rule is not None
@@ -167,7 +189,7 @@ class Tracer(TorchFunctionMode):
             assert isinstance(flow, Flow)
             return self._reshaped(flow, found, out)
         if Gate in kinds:
-            return Gate(tuple(s for c in found.values() if isinstance(c, Gate) for s in c.sources))
+            return self._of_gates(call, found, args, kwargs)
         return Derived(_name(op), self._origin(found, (args, kwargs), out))
 
     def _run(self, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
@@ -214,16 +236,43 @@ class Tracer(TorchFunctionMode):
         if len(companions) == 1 and isinstance(one, Gate):
             shape = flow.operands[0].shape
             if isinstance(out, Tensor):
-                return Gate(tuple(_moved(source, shape, flow.fn) for source in one.sources))
+                return Gate(tuple(_moved(source, shape, flow.fn) for source in one.sources), one.product)
             pieces = [lambda u, i=i: flow.fn(u)[i] for i, _ in enumerate(_tensors(out))]
-            return [Gate(tuple(_moved(source, shape, piece) for source in one.sources)) for piece in pieces]
+            return [Gate(tuple(_moved(s, shape, piece) for s in one.sources), one.product) for piece in pieces]
         if any(isinstance(c, Gate) for c in companions):
-            return Gate(tuple(s for c in companions if isinstance(c, Gate) for s in c.sources))
+            gates = [c for c in companions if isinstance(c, Gate)]
+            return Gate(tuple(s for c in gates for s in c.sources), any(c.product for c in gates))
         if len(companions) == 1 and isinstance(one, Derived) and one.path is not None and isinstance(out, Tensor):
             moved = flow.fn(one.path)
             assert isinstance(moved, Tensor)
             return Derived(one.name, moved)
         return Derived("a mixture of parameters and constants")
+
+    def _of_gates(
+        self, call: Call, found: Mapping[int, Companion], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Companion:
+        """What an operation makes of gates, which is a gate too.
+
+        Those that the result cannot be broadcast from, as in a sum over a pattern, are mere statistics.
+        """
+        gates = {id(t): t for t in _tensors((args, kwargs)) if isinstance(found.get(id(t)), Gate)}
+        product = any(c.product for c in found.values() if isinstance(c, Gate))
+        sources: dict[Source, None] = {}
+        for key, value in gates.items():
+            gate = found[key]
+            assert isinstance(gate, Gate)
+            if call.op in GATE_OPS:
+                try:
+                    flow = RULES[call.op](call, *args, **kwargs)
+                except NotImplementedError as error:
+                    return self._record(f"{_name(call.op)} with {error}")
+                assert isinstance(flow, Flow)
+                weight = () if flow.weight is None else (flow.weight,)
+                mix = lambda u, fn=flow.fn, weight=weight: fn(u, *weight)  # noqa: E731
+                sources |= dict.fromkeys(_moved(source, value.shape, mix) for source in gate.sources)
+            elif isinstance(call.out, Tensor) and _broadcasts(value.shape, call.out.shape):
+                sources |= dict.fromkeys(gate.sources)
+        return Gate(tuple(sources), product)
 
     def _origin(self, found: Mapping[int, Companion], operands: Any, out: Any) -> Tensor | None:
         """The path of the one parameter that has the shape of ``out``, if there is just one."""
@@ -264,7 +313,7 @@ class Tracer(TorchFunctionMode):
         return tuple(replace(a) for a in args), {k: replace(v) for k, v in kwargs.items()}
 
     def _attach(self, out: Any, result: Companion | Sequence[Companion] | None) -> None:
-        tensors = list(_tensors(out))
+        tensors = [t for t in _tensors(out) if t.is_floating_point()]  # the indices of a maximum carry no path
         results = list(result) if isinstance(result, Sequence) else [result] * len(tensors)
         for tensor, companion in zip(tensors, results, strict=True):
             if isinstance(companion, Paths) and companion.data.shape != tensor.shape:
@@ -275,7 +324,7 @@ class Tracer(TorchFunctionMode):
             if companion is None:
                 self._companions.pop(tensor, None)
             else:
-                self._companions[tensor] = companion
+                self._keep(tensor, companion)
 
     def _record(self, name: str) -> Companion:
         self._unknown.setdefault(name, {})[self._where()] = None
@@ -303,6 +352,10 @@ def _name(op: Callable[..., Any]) -> str:
 
 def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
     return lambda trunk: fn(source(trunk).expand(shape))
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _in_place(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
