@@ -57,6 +57,7 @@ def inputs_of(batches: Batches, model: nn.Module) -> Iterator[Inputs]:
     count = 0
     for count, batch in enumerate(batches, start=1):
         images = _images(batch, count - 1).to(like.device, like.dtype)
+        images = images.clone() if images.is_inference() else images
         others = _others(batch, model) if isinstance(batch, Mapping) else {}
         yield Inputs(images, {name: other.to(like.device) for name, other in others.items()})
     if count == 0:

@@ -11,11 +11,15 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module of ``model`` in eval mode; each gets its own ``training`` flag back."""
+    """Every module of ``model`` in eval mode; each gets its own ``training`` flag back.
+
+    Also leaves ``torch.inference_mode``, under which nothing can be differentiated.
+    """
     flags = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, training in flags.items():
             module.training = training

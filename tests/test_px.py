@@ -309,3 +309,14 @@ def test_exponents_on_the_device_give_the_same_scores(paths: str, monkeypatch: p
     monkeypatch.setattr("px_hf.ops.tracer.excess", lambda data: torch.frexp(data.detach().amax()).exponent)
     for name, score in px.PX(paths=paths).score(model, batches).items():
         torch.testing.assert_close(score, expected[name], rtol=1e-5, atol=1e-9 * float(expected[name].max()))
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_scores_without_gradients_around(context, paths: str) -> None:
+    model = build("cnn")
+    expected = px.PX(paths=paths).score(model, [images()])
+    with context():
+        found = px.PX(paths=paths).score(model, [images() * 1])
+    for name, score in found.items():
+        assert torch.equal(score, expected[name])
