@@ -2,24 +2,25 @@
 
     accelerate launch recipes/prune_finetune.py
 
-prunes 90 % of a small ResNet that was pretrained on rendered letters, fine-tunes it on scikit-learn's
-handwritten digits (1,149 training images), next to the unpruned network, and writes
-outputs/resnet-digits-px-active90. TIME_AND_RESULT
+prunes 90 % of a small ResNet that was pretrained on rendered letters, fine-tunes it on scikit-learn's handwritten
+digits (1,149 training images) next to the unpruned network, and writes outputs/resnet-digits-px-active90. It takes
+about 50 seconds on one CPU core, and no network. Expected on the 360 test images: dense 99.7 %, pruned 99.2 %; with
+`--model_name_or_path recipes/demo/vit` 99.7 and 98.6 %.
 
-    accelerate launch recipes/prune_finetune.py --model_name_or_path recipes/demo/vit
     accelerate launch recipes/prune_finetune.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --dataset_name beans --sparsity 0.8 --learning_rate 1e-4 --bf16
     accelerate launch recipes/prune_finetune.py --model_name_or_path timm/resnet50.a1_in1k \\
         --train_dir photos/train --validation_dir photos/validation --compare_dense
-    accelerate launch recipes/prune_finetune.py --resume_from_checkpoint true      # the interrupted run
+    accelerate launch recipes/prune_finetune.py --resume_from_checkpoint true      # an interrupted run
+    accelerate launch recipes/prune_finetune.py --dense                            # the unpruned ceiling alone
 
 Two processes on a machine without a GPU (`accelerate launch --cpu` would silently start one):
 
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/prune_finetune.py
 
-What is in the output folder: the model for stock transformers, with exact zeros (config.json,
-model.safetensors, the image processor), its masks, a compact copy in sparse/, all_results.json,
-per_layer_sparsity.png, training_curve.png, and the Trainer's checkpoints.
+The output folder holds the model for stock transformers, with exact zeros (config.json, model.safetensors, the image
+processor), its masks, all_results.json, per_layer_sparsity.png, training_curve.png, the Trainer's checkpoints with
+their masks, and run.json, which a resumed run reads. It is never overwritten unless --overwrite_output_dir says so.
 `--help` lists every argument; those of transformers.TrainingArguments are among them.
 """
 
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
     checkpoint = find_checkpoint(out, training.resume_from_checkpoint)
     claim(out, training.overwrite_output_dir, checkpoint)
 
+    if not data_args.source():
+        torch.set_num_threads(1)  # more cost more than they give for images this small, and round differently
     with phases("Load"):
         processor = load_processor(model_args)
         pixels = Preprocess(processor)

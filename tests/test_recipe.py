@@ -211,6 +211,15 @@ def test_an_interrupted_run_resumes_with_its_masks_to_the_same_end(folder: Path,
     assert results(out) == expected
 
 
+@pytest.mark.parametrize("backbone", ["resnet", "vit"])
+def test_the_embedded_backbones_transfer_to_the_digits(folder: Path, backbone: str) -> None:
+    """Both at 80 % sparsity after two epochs; the default run does ten, at 90 %."""
+    more = ["--sparsity", "0.8", "--rounds", "5", "--num_train_epochs", "2", "--compare_dense", "false"]
+    more += ["--model_name_or_path", str(RECIPES / "demo" / backbone), "--output_dir", str(folder / backbone)]
+    run_here(more)
+    assert results(folder / backbone)["test_accuracy"] > 0.9  # chance is 0.1
+
+
 def test_the_dense_ceiling_prunes_nothing(folder: Path) -> None:
     run_here(settings(folder, "ceiling", "--dense", "--num_train_epochs", "1"))
     out = folder / "ceiling"
