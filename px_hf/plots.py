@@ -102,6 +102,8 @@ def _short_names(names: list[str]) -> list[str]:
     shared = 0
     while len(parts) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
+    if shared and any(p[shared].isdigit() for p in parts):
+        shared -= 1  # "layers.0.attention" rather than "0.attention"
     return [".".join(p[shared:]) for p in parts]
 
 

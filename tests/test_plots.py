@@ -48,7 +48,7 @@ def test_every_layer_has_a_readable_bar(tmp_path: Path, drawn: list[Figure], lay
     bars = axes.containers[1]  # containers[0] is the background
     assert [bar.get_width() for bar in bars] == pytest.approx([100 - i % 100 for i in range(layers)])
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == (["model.encoder.layer.0.output"] if layers == 1 else [f"{i}.output" for i in range(layers)])
+    assert names == (["model.encoder.layer.0.output"] if layers == 1 else [f"layer.{i}.output" for i in range(layers)])
     # neither do labels overlap nor does a text leave the picture
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
