@@ -29,6 +29,7 @@ from .errors import (
     UnsupportedOpError,
 )
 from .masks import Masks
+from .ops import add_rule
 from .prune import prune
 from .report import Report, report
 from .select import select
@@ -78,6 +79,7 @@ __all__ = [
     "TargetError",
     "UnsupportedOpError",
     "__version__",
+    "add_rule",
     "from_pretrained",
     "keep_masks",
     "prune",

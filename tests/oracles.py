@@ -187,6 +187,23 @@ def _sdpa(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     return _merge(F.scaled_dot_product_attention(q, k, v))
 
 
+def _grouped(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Two heads of queries share one of keys and values."""
+    q = _heads(F.linear(x, p["q"]), 2)
+    k, v = (_heads(F.linear(x, p[w][:2]), 1) for w in "kv")
+    return _merge(F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+def grouped(reading: str) -> Map:
+    """The same with keys and values repeated."""
+
+    def apply(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        repeated = {"q": p["q"], **{w: p[w][[0, 1, 0, 1]] for w in "kv"}}
+        return attention(reading, 2)(s, x, repeated)
+
+    return apply
+
+
 def _einsum(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     q, k, v = (_heads(torch.einsum("btc,oc->bto", x, p[w]), 2) for w in "qkv")
     pattern = (torch.einsum("bhtc,bhsc->bhts", q, k) * q.shape[-1] ** -0.5).softmax(-1)
@@ -375,6 +392,48 @@ def folded(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
     return out
 
 
+SCATTERED = torch.tensor([True, False, True, False, False, True])
+
+
+def _scattered(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Tokens 0, 2 and 5 of six are those of x."""
+    return torch.zeros(2, 6, 4, dtype=x.dtype).masked_scatter(SCATTERED.view(1, 6, 1).expand(2, 6, 4), x)
+
+
+def scattered(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    nothing = torch.zeros(2, 4, dtype=s.dtype)
+    return torch.stack([s[:, 0], nothing, s[:, 1], nothing, nothing, s[:, 2]], 1)
+
+
+def resampled(kernel: Callable[[float], float], squared: bool) -> Map:
+    """[N, C, 5, 5] -> [N, C, 10, 10]; out entry y looks at (y + 1/2)/2 - 1/2; the border is repeated."""
+
+    def apply(s: Tensor, x: Tensor, p: dict[str, Tensor]) -> Tensor:
+        matrix = torch.zeros(10, 5, dtype=torch.float64)
+        for y in range(10):
+            centre = (y + 0.5) / 2 - 0.5
+            for i in range(-3, 9):
+                matrix[y, min(max(i, 0), 4)] += kernel(abs(centre - i))
+        matrix = matrix**2 if squared else matrix.abs()
+        out = torch.zeros(*s.shape[:2], 10, 10, dtype=torch.float64)
+        for y, z, i, j in itertools.product(range(10), range(10), range(5), range(5)):
+            out[:, :, y, z] += matrix[y, i] * matrix[z, j] * s[:, :, i, j]
+        return out
+
+    return apply
+
+
+def hat(d: float) -> float:
+    return max(1 - d, 0.0)
+
+
+def cubic(d: float, a: float = -0.75) -> float:
+    """Keys (1981), with the constant that torch uses."""
+    if d <= 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
+
+
 def _copied(x: Tensor, p: dict[str, Tensor]) -> Tensor:
     return torch.ones_like(x).copy_(x)
 
@@ -477,6 +536,8 @@ ROWS = [
         convolution(lambda p: _standard(p) ** 2), convolution(lambda p: _standard(p) ** 2), {"w": (3, 4, 2, 2)}),
     Row("sdpa", "scaled_dot_product_attention", _sdpa, TOKENS,
         attention("H", 2), attention("G", 2), attention("ACTIVE", 2), QKV),
+    Row("sdpa, grouped queries", "scaled_dot_product_attention", _grouped, TOKENS,
+        grouped("H"), grouped("G"), grouped("ACTIVE"), QKV),
     Row("multi_head_attention_forward", "multi_head_attention_forward", _multi_head, TOKENS,
         _then_o(attention("H", 2), "H"), _then_o(attention("G", 2), "G"), _then_o(attention("ACTIVE", 2), "ACTIVE"),
         {**QKV, "o": (4, 4)}),
@@ -530,6 +591,13 @@ ROWS = [
         latents("H"), latents("G"), latents("ACTIVE"), {**QKV, "l": (2, 4)}),
     Row("learned queries, sdpa", "scaled_dot_product_attention", _latent_sdpa, TOKENS,
         latents("H"), latents("G"), latents("ACTIVE"), {**QKV, "l": (2, 4)}),
+    Row("interpolate, bilinear", "interpolate", lambda x, p: F.interpolate(x, size=(10, 10), mode="bilinear"), IMAGE,
+        resampled(hat, False), resampled(hat, False), resampled(hat, True)),
+    Row("interpolate, bicubic", "interpolate", lambda x, p: F.interpolate(x, scale_factor=2, mode="bicubic"), IMAGE,
+        resampled(cubic, False), resampled(cubic, False), resampled(cubic, True)),
+    Row("masked_scatter", "masked_scatter", _scattered, TOKENS, scattered, scattered, scattered),
+    Row("addcmul", "addcmul", lambda x, p: torch.addcmul(p["b"], x, p["w"]), TOKENS, same,
+        scaled(lambda x, p: p["w"] ** 2), None, {"b": (4,), "w": (4,)}),
     Row("constants of the same shape", "constant", lambda x, p: x + torch.zeros_like(x) + x.new_zeros(4), TOKENS,
         same, same),
     Row("copy", "copy", _copied, TOKENS, same, same),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import activation, arithmetic, attention, linear, norm, pooling, shape
 from .companions import ACTIVE, G, H, Paths, Reading, Weight
-from .registry import RULES, rule
+from .registry import RULES, add_rule, rule
 from .tracer import Tracer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Tracer",
     "Weight",
     "activation",
+    "add_rule",
     "arithmetic",
     "attention",
     "linear",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .call import Call, times
 from .companions import Flow, Gate
-from .registry import rule, variants
+from .registry import decomposition, rule, variants
 
 
 def _shaped(s: Any, out: Tensor) -> Any:
@@ -83,3 +83,8 @@ def div(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Flow
         return call.flow(lambda s: _shaped(times(s, gate2), out), x)
     factor = call.fixed(1 / y)
     return call.flow(lambda s: _shaped(s * factor, out), x)
+
+
+@decomposition(torch.addcmul, torch.Tensor.addcmul)
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    return input + (tensor1 * tensor2 if value == 1 else value * tensor1 * tensor2)

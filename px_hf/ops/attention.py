@@ -53,12 +53,14 @@ def _mix(call: Call, pattern: Tensor, credit: Tensor | None, values: Tensor) -> 
     return call.flow(fn, values, gating=MIXED)
 
 
-def _scores(query: Paths, key: Paths, key_transposed: bool) -> Gate:
+def _scores(query: Paths, key: Paths, key_transposed: bool, groups: int = 1) -> Gate:
     """The companion of Q Kᵀ: u of each head, [..., 1, 1]."""
 
     def source(trunk: Paths) -> Tensor:
         q = branch(query, trunk).mean(-2, keepdim=True)
         k = branch(key, trunk)
+        if groups > 1:
+            k = k.repeat_interleave(groups, -3)
         k = k.mean(-1, keepdim=True) if key_transposed else k.mean(-2, keepdim=True).mT
         return q @ k
 
@@ -146,13 +148,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Flow:
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        raise NotImplementedError("grouped queries")
+    groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1  # of queries that share a key and a value
     if not call.has_paths(value):
         raise NotImplementedError("values that no path leads to")
     pattern = query.new_empty(()).expand(*query.shape[:-1], key.shape[-2])
     if call.reading.gates:
-        logits = (query @ key.mT).to(call.dtype) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        keys = key.repeat_interleave(groups, -3) if groups > 1 else key
+        logits = (query @ keys.mT).to(call.dtype) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             closed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(closed, -torch.inf)
@@ -166,10 +168,14 @@ def scaled_dot_product_attention(
     q, k, v = call.companion(query), call.companion(key), call.companion(value)
     if call.reading.weights and isinstance(v, Paths):
         if isinstance(q, Paths) and isinstance(k, Paths):
-            credit = unit_gain(_scores(q, k, key_transposed=False), v)
+            credit = unit_gain(_scores(q, k, key_transposed=False, groups=groups), v)
         elif isinstance(q, Paths) or isinstance(k, Paths):  # the other is learned, or a constant
             credit = unit_gain(_alone(q if isinstance(q, Paths) else k), v)  # type: ignore[arg-type]
-    return _mix(call, pattern, credit, value)
+    flow = _mix(call, pattern, credit, value)
+    if groups == 1:
+        return flow
+    mix = flow.fn
+    return call.flow(lambda s: mix(s.repeat_interleave(groups, -3)), value, gating=MIXED)
 
 
 def _alone(factor: Paths) -> Gate:

@@ -45,7 +45,9 @@ def branch(paths: Paths, trunk: Paths) -> Tensor:
     Walking up from ``paths``, the branch starts at the first activation that ``trunk`` also comes
     from, provided that a weight lies between; a fused projection (q, k and v as slices of one
     product) lies above that activation but still belongs to the branch. The result equals
-    ``paths.data`` up to a power of two.
+    ``paths.data`` up to a power of two. A branch that starts at a constant in disguise, such as the
+    class token at its first attention, where no path arrives, starts with ones instead: its weights
+    act, so they share the flow.
     """
     shared = _ancestors(trunk)
     known: dict[tuple[int, bool], Tensor] = {}
@@ -57,6 +59,8 @@ def branch(paths: Paths, trunk: Paths) -> Tensor:
         key = (id(node), below_weight)
         if key not in known:
             inputs = [visit(p, below_weight or node.weighted, below_slice or node.sliced) for p in node.parents]
+            if node.weighted and not any(i.requires_grad for i in inputs):  # the first weight of the branch
+                inputs = [torch.where(i.any(), i, 1.0) for i in inputs]
             known[key] = node.replay(*inputs)
         return known[key]
 

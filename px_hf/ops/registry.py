@@ -8,11 +8,13 @@ coefficients: at a given input every op is treated as linear with data-dependent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+from ..errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from .companions import Flow, Gate
@@ -64,6 +66,80 @@ def rule(*ops: Op, shape: bool = False, gates: bool = False, reads_input: bool =
         return function
 
     return enter
+
+
+class AddedRule:
+    """A rule that `add_rule` entered. ``remove()``, or leaving a ``with``, restores what was there before."""
+
+    def __init__(self, ops: Sequence[Op], function: Rule, shape: bool, reads_input: bool) -> None:
+        tables = (SHAPE_OPS, READS_INPUT, GATE_OPS)
+        self._before = [(op, RULES.get(op), DECOMPOSITIONS.pop(op, None), [op in t for t in tables]) for op in ops]
+        for op, *_ in self._before:
+            for table in tables:
+                table.discard(op)
+        rule(*ops, shape=shape, reads_input=reads_input)(function)
+
+    def remove(self) -> None:
+        for op, before, decomposed, flags in self._before:
+            if before is None:
+                RULES.pop(op, None)
+            else:
+                RULES[op] = before
+            if decomposed is not None:
+                DECOMPOSITIONS[op] = decomposed
+            for table, flag in zip((SHAPE_OPS, READS_INPUT, GATE_OPS), flags, strict=True):
+                (table.add if flag else table.discard)(op)
+        self._before = []
+
+    def __enter__(self) -> AddedRule:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def add_rule(
+    op: str | Op | Sequence[Op], function: Rule, *, shape: bool = False, reads_input: bool = False
+) -> AddedRule:
+    """Teach PX an operation, or teach it otherwise, without touching the package.
+
+    >>> import torch, px_hf as px
+    >>> def cumsum(call, input, dim):
+    ...     return call.flow(lambda s: s.cumsum(dim), input)
+    >>> class Model(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x).cumsum(-1)
+    >>> with px.add_rule("cumsum", cumsum):
+    ...     scores = px.PX().score(Model(4, 2), [torch.ones(1, 4)], prune_head=True)
+    >>> scores["weight"].shape
+    torch.Size([2, 4])
+
+    Without ``with`` the rule stays until ``remove()`` is called on what this returns.
+
+    Args:
+        op: the operation: a name for all spellings of it in torch (``"cumsum"``: the function, the method and
+            their in-place forms), a function such as ``torch.cumsum``, or several functions.
+        function: called with a `Call` and the operation's own arguments; returns ``call.flow(fn, *operands)``,
+            where ``fn`` is what the operation does to the path sums of its operands: linear in them, with
+            non-negative coefficients. ``call.weight``, ``call.scale``, ``call.fixed`` and ``call.gate`` say what
+            a factor multiplies them by. An argument that it does not know is an unknown operation.
+        shape: the operation only moves entries about, so that the rule holds for parameters and gates too.
+        reads_input: the rule looks at the values of its first operand, which an in-place call would destroy.
+
+    Raises:
+        InvalidArgumentError: torch has no operation of that name, or an argument cannot be called.
+    """
+    ops: Sequence[Any]
+    if isinstance(op, str):
+        ops = variants(op)
+        if not ops:
+            raise InvalidArgumentError(f"op={op!r}: torch has no function or tensor method of that name.")
+    else:
+        ops = list(op) if isinstance(op, Sequence) else [op]
+    for value in (*ops, function):
+        if not callable(value):
+            raise InvalidArgumentError(f"{value!r} cannot be called; expected an operation and a function, its rule.")
+    return AddedRule(ops, function, shape, reads_input)
 
 
 def decomposition(*ops: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,5 +1,7 @@
 """Operations that only move entries about, or leave them alone: the same op on the path sums.
 
+An interpolation with coefficients c acts by abs(c) in h and in g, by c² where one stream carries both.
+
 Also dropout and drop-path, which are off in eval mode. These rules hold for parameters and for
 frozen gates too.
 """
@@ -132,13 +134,66 @@ def where(call: Call, condition: Tensor, x: Any, y: Any) -> Flow:
     return call.flow(lambda *s: sum(t * mask for t, (_, mask) in zip(s, chosen, strict=True)).expand(shape), *operands)
 
 
+@rule(*variants("masked_scatter"))
+def masked_scatter(call: Call, input: Tensor, mask: Tensor, source: Tensor) -> Flow:
+    """Image features into the places that a text has kept for them."""
+    if not call.has_paths(source):
+        raise NotImplementedError("a source that no path leads to")
+    kept = call.has_paths(input)
+    shape = call.out.shape
+
+    def fn(s: Tensor, into: Tensor | None = None) -> Tensor:
+        return (s.new_zeros(shape) if into is None else into).masked_scatter(mask, s)
+
+    return call.flow(fn, source, input) if kept else call.flow(fn, source)
+
+
 @rule(*variants("masked_fill"), shape=True)
 def masked_fill(call: Call, input: Tensor, mask: Tensor, value: Any) -> Flow:
     return call.flow(lambda s: s.masked_fill(mask, 0.0), input)
 
 
 @rule(F.interpolate, F.upsample, shape=True)
-def interpolate(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Flow:
-    if (kwargs.get("mode") or (args[2] if len(args) > 2 else "nearest")) == "bicubic":
-        raise NotImplementedError("mode='bicubic', whose coefficients change sign")
-    return call.flow(lambda s: F.interpolate(s, *args, **kwargs), input)
+def interpolate(
+    call: Call,
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Flow:
+    if mode in ("nearest", "nearest-exact"):
+        return call.flow(lambda s: F.interpolate(s, size, scale_factor, mode), input)
+    if recompute_scale_factor:
+        size, scale_factor = call.out.shape[2:], None
+    options = {"mode": mode, "align_corners": align_corners, "antialias": antialias}
+    matrices = [
+        call.fixed(_resampling(length, new, scale, input.dim() - 2, options).to(input.device))
+        for length, new, scale in zip(
+            input.shape[2:], call.out.shape[2:], _each(scale_factor, input.dim() - 2), strict=True
+        )
+    ]
+
+    def fn(s: Tensor) -> Tensor:
+        for axis, matrix in enumerate(matrices, start=2):
+            s = torch.tensordot(s, matrix.to(s.dtype), ([axis], [0])).movedim(-1, axis)
+        return s
+
+    return call.flow(fn, input)
+
+
+def _each(scale: Any, dims: int) -> list[float | None]:
+    return list(scale) if isinstance(scale, (tuple, list)) else [scale] * dims
+
+
+def _resampling(length: int, new: int, scale: float | None, dims: int, options: dict[str, Any]) -> Tensor:
+    """The coefficients [length, new] of an interpolation along one axis: what it makes of the unit vectors."""
+    units = torch.eye(length, dtype=torch.float64).view(1, length, length, *[1] * (dims - 1))
+    others = [1] * (dims - 1)
+    if scale is None:
+        moved = F.interpolate(units, size=[new, *others], **options)
+    else:
+        moved = F.interpolate(units, scale_factor=[scale, *map(float, others)], **options)
+    return moved.view(length, new)
