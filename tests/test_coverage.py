@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,27 +120,54 @@ def test_the_projections_of_a_class_token_share_the_flow_through_their_attention
         torch.testing.assert_close(scores[name].sum(), scores["v.weight"].sum())
 
 
-class WritesThroughAView(nn.Module):
-    def __init__(self, how: str) -> None:
+class Branch(nn.Module):
+    """A residual branch that does something to its activation."""
+
+    def __init__(self, something: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.how = how
-        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 5)
+        self.something = something
+        self.first, self.branch, self.head = (nn.Linear(4, 4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.body(x)
-        if self.how == "view of an activation":
-            x[:, :2].mul_(3)
-        else:
-            out = torch.zeros_like(x)
-            out[:, :2].copy_(x[:, :2])
-            x = x + out
-        return self.head(x)
+        x = self.first(x)
+        return self.head(x + self.something(self.branch(x)))
 
 
-@pytest.mark.parametrize("how", ["view of an activation", "view of a constant"])
-def test_writing_through_a_view_is_never_a_wrong_score(how: str) -> None:
-    with pytest.raises(px.UnsupportedOpError, match="in-place operation on a tensor of which another view"):
-        px.PX().score(WritesThroughAView(how), [torch.randn(2, 4)])
+def through_a_view_of_an_activation(x: Tensor) -> Tensor:
+    x[:, :2].mul_(3)
+    return x
+
+
+def through_a_view_of_a_constant(x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, :2].copy_(x[:, :2])
+    return out
+
+
+def through_complex_numbers(x: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(x.reshape(-1, 2, 2)) * 1j).flatten(1)
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+@pytest.mark.parametrize(("something", "message"), [
+    (through_a_view_of_an_activation, "in-place operation on a tensor of which another view"),
+    (through_a_view_of_a_constant, "in-place operation on a tensor of which another view"),
+    (through_complex_numbers, "view_as_complex"),
+    (Function.apply, "bessel_j0"),
+    (torch.ops.aten.relu, "aten.relu"),
+    (torch.vmap(torch.relu), "no path leads through: branch.weight"),
+    (lambda x: torch.add(x, x, out=torch.empty_like(x)), "'out'"),
+    (lambda x: x.norm(dim=-1, keepdim=True), "no path leads through: branch.weight"),
+])  # fmt: skip
+def test_what_cannot_be_followed_is_an_error_and_never_a_wrong_score(something: Any, message: str) -> None:
+    for paths in ("all", "active"):
+        with pytest.raises(px.PxError, match=message):
+            px.PX(paths=paths).score(Branch(something), [torch.rand(2, 4)])
 
 
 def test_other_inputs_of_a_mapping_reach_the_model() -> None:

@@ -144,7 +144,7 @@ class Tracer(TorchFunctionMode):
             found[id(rule_args[0])] = found.get(id(args[0]), UNKNOWN)
         out = op(*args, **kwargs)
         target = args[0] if op is torch.Tensor.__setitem__ else out
-        if not any(t.is_floating_point() for t in _tensors(target)):
+        if not any(map(_has_values, _tensors(target))):
             return out
         with torch.set_grad_enabled(self.reading.weights), full_precision(next(_tensors(target)).device):
             result = self._result(op, target, found, rule_args, kwargs)
@@ -313,7 +313,7 @@ class Tracer(TorchFunctionMode):
         return tuple(replace(a) for a in args), {k: replace(v) for k, v in kwargs.items()}
 
     def _attach(self, out: Any, result: Companion | Sequence[Companion] | None) -> None:
-        tensors = [t for t in _tensors(out) if t.is_floating_point()]  # the indices of a maximum carry no path
+        tensors = list(filter(_has_values, _tensors(out)))
         results = list(result) if isinstance(result, Sequence) else [result] * len(tensors)
         for tensor, companion in zip(tensors, results, strict=True):
             if isinstance(companion, Paths) and companion.data.shape != tensor.shape:
@@ -352,6 +352,11 @@ def _name(op: Callable[..., Any]) -> str:
 
 def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
     return lambda trunk: fn(source(trunk).expand(shape))
+
+
+def _has_values(value: Tensor) -> bool:
+    """Whether paths may lead to ``value``; not to a mask, or to the indices of a maximum."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
