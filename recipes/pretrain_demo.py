@@ -7,9 +7,9 @@ They rewrite recipes/demo/resnet and recipes/demo/vit. Each takes about ten minu
 memory. Result on letters drawn anew: the ResNet names 92.8 % of them, the ViT 90.8 %.
 
 Everything is drawn from fixed seeds and computed on the CPU in one thread (train both side by side). On one machine,
-short runs repeated wrote the same bytes, and a second full run logged the same losses as far as it was followed, to step
-3,548 of 6,000. Another processor or another release of torch rounds differently, and training
-turns that into other weights of the same quality.
+short runs repeated wrote the same bytes, and a second full run logged the same losses as far as it was followed, to
+step 3,548 of 6,000. Another processor or another release of torch rounds differently, and training turns that into
+other weights of the same quality.
 """
 
 from __future__ import annotations
