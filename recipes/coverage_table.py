@@ -1,6 +1,6 @@
 """Which architectures PX can score: the table in docs/COVERAGE.md.
 
-    python recipes/coverage_table.py                       # all of them, about 30 minutes on one core
+    python recipes/coverage_table.py                       # all of them, about 10 minutes on one core
     python recipes/coverage_table.py transformers vit      # the rows of one library, of those names only
 
 The rows come from the libraries: each class behind transformers' AutoModelForImageClassification with
