@@ -29,31 +29,20 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
-from typing import Any
 
-import evaluate
 import torch
-import torch.nn.functional as F
 from arguments import DataArguments, FineTuneArguments, ModelArguments, parse
+from backbone import load_model, load_processor
 from demo_data import digits
+from fine_tuning import make_trainer
 from output_folder import RUN_FILE, begin, check_same_run, claim, find_checkpoint, write_json
 from summary import Phases
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 
 import px_hf as px
 from px_hf.data import Augment, Preprocess, Split, calibration_set, classification_task, read_dataset
 from px_hf.distributed import processes
-from px_hf.metrics import metric_path
 from px_hf.plots import plot_layer_sparsity, plot_training
 from px_hf.select import check_sparsity
 
@@ -191,61 +180,6 @@ def load_data(
     if task.test is not None:
         splits["test"] = task.test.sample(data_args.max_eval_samples, training.seed)
     return task.labels, splits
-
-
-def load_processor(model_args: ModelArguments) -> BaseImageProcessor:
-    """The image processor that comes with the backbone."""
-    name = model_args.model_name_or_path
-    try:
-        return AutoImageProcessor.from_pretrained(name, **model_args.hub())
-    except (OSError, ValueError) as error:
-        raise px.CheckpointError(f"Cannot load the image processor of {name}: {error}") from error
-
-
-def load_model(model_args: ModelArguments, labels: list[str], training: FineTuneArguments) -> PreTrainedModel:
-    """The backbone with a head for `labels`; the same weights, also those drawn at random, on every call."""
-    set_seed(training.seed)
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
-    config.id2label = dict(enumerate(labels))  # also sets num_labels
-    config.label2id = {name: k for k, name in enumerate(labels)}
-    if getattr(config, "model_args", None):
-        config.model_args.pop("num_classes", None)  # written by timm's push_to_hub, and refused by TimmWrapper
-    model = AutoModelForImageClassification.from_pretrained(
-        model_args.model_name_or_path,
-        config=config,
-        ignore_mismatched_sizes=True,
-        dtype=torch.float32,
-        **model_args.hub(),
-    )
-    return model.to(training.device)
-
-
-def make_trainer(
-    model: PreTrainedModel,
-    data: dict[str, Split],
-    training: FineTuneArguments,
-    processor: BaseImageProcessor | None = None,
-    callbacks: list[TrainerCallback] | None = None,
-) -> Trainer:
-    """A Trainer with exact losses over accumulated batches and processes, and accuracy without the network."""
-    accuracy = evaluate.load(metric_path("accuracy"), keep_in_memory=True)
-
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        # Trainer counts the examples of a whole step, and trusts models to divide by that; not all do.
-        smoothing = training.label_smoothing_factor
-        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-        return total / num_items_in_batch
-
-    return Trainer(
-        model,
-        training,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        compute_loss_func=loss,
-        compute_metrics=lambda p: accuracy.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
-        processing_class=processor,
-        callbacks=callbacks,
-    )
 
 
 def evaluate_splits(trainer: Trainer, data: dict[str, Split]) -> dict[str, float]:
