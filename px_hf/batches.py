@@ -20,17 +20,22 @@ mapping that the model's ``forward`` names (``pixel_attention_mask``, ``input_id
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is called with: images [N, ...], where paths start, and ``others`` by keyword."""
+    """What the model is called with: images [N, ...], where paths start, and ``others`` by keyword.
+
+    ``labels`` are those of the batch, if it has any; the model does not see them, and only `classes_of` checks them.
+    """
 
     images: Tensor
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
 
     def parts(self, numbers: int) -> Iterator[Inputs]:
         """The same examples in order, in parts whose images hold at most ``numbers`` numbers, or are one image."""
         size = max(1, numbers // max(1, self.images[0].numel()))
         for start in range(0, len(self.images), size):
             part = slice(start, start + size)
-            yield Inputs(self.images[part], {name: other[part] for name, other in self.others.items()})
+            labels = None if self.labels is None else self.labels[part]
+            yield Inputs(self.images[part], {name: other[part] for name, other in self.others.items()}, labels)
 
     def probe(self) -> Inputs:
         """One example with all-ones images."""
@@ -59,7 +64,12 @@ def inputs_of(batches: Batches, model: nn.Module) -> Iterator[Inputs]:
         images = _images(batch, count - 1).to(like.device, like.dtype)
         images = images.clone() if images.is_inference() else images
         others = _others(batch, model) if isinstance(batch, Mapping) else {}
-        yield Inputs(images, {name: other.to(like.device) for name, other in others.items()})
+        labels = _labels(batch)
+        yield Inputs(
+            images,
+            {name: other.to(like.device) for name, other in others.items()},
+            None if labels is None else labels.to(like.device),
+        )
     if count == 0:
         raise DataError("batches is empty; at least one batch of images is needed to follow paths.")
 
@@ -84,6 +94,15 @@ def _images(batch: Any, index: int) -> Tensor:
     if images.dim() < 2 or images.shape[0] == 0:
         raise DataError(f"the images of batch {index} have shape {tuple(images.shape)}; expected [N, C, H, W], N ≥ 1.")
     return images
+
+
+def _labels(batch: Any) -> Tensor | None:
+    labels = None
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    return labels if isinstance(labels, Tensor) else None
 
 
 def _others(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -112,6 +131,32 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
             f"{type(model).__name__} returned {shape}; expected a tensor [N, K] or an output with .logits."
         )
     return logits
+
+
+def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
+    """The labels of the batch, int64 [N], for a criterion that cannot do without.
+
+    Raises:
+        DataError: there are none, they are not one whole number for each image, or one is no class of ``logits``.
+    """
+    labels, classes = inputs.labels, logits.shape[1]
+    if labels is None:
+        raise DataError(
+            f"batch {batch} has no labels, which this criterion needs; expected a pair (images, labels) or a mapping "
+            "with 'pixel_values' and 'labels', both tensors."
+        )
+    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"the labels of batch {batch} are {labels.dtype} of shape {tuple(labels.shape)}; expected one class "
+            f"index for each of its {len(logits)} images."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"the labels of batch {batch} lie in {low} to {high}, but the network has classes 0 to {classes - 1}. "
+            "Load it with a head for this task (num_labels)."
+        )
+    return labels.to(torch.int64)
 
 
 def require_finite(logits: Tensor, batch: int) -> None:

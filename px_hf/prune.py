@@ -26,7 +26,7 @@ def prune(
     *,
     sparsity: float,
     rounds: int = 100,
-    scope: str = "global",
+    scope: str | None = None,
     prune_head: bool = False,
     min_layer_density: float = 0.0,
     progress: bool = True,
@@ -52,7 +52,8 @@ def prune(
         criterion: what to score by, for example ``PX()``, ``Magnitude()``.
         sparsity: fraction of the prunable weights to prune, in [0, 1).
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
-        scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike.
+        scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike, ``"row"`` every
+            output of every layer. Default: the criterion's own, which is ``"global"`` for most.
         prune_head: also prune the classifier head.
         min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
             [0, 1 - sparsity], against layers that are pruned empty.
@@ -69,7 +70,7 @@ def prune(
         NonFiniteError: the model's output or a score is not finite.
         LaunchError: several processes that do not know of each other, or that were given different models.
     """
-    _validate(criterion, sparsity, rounds, scope)
+    scope = _validate(criterion, sparsity, rounds, scope)
     check_min_layer_density(min_layer_density, sparsity)
     model = unwrap(model)
     targets = prunable(model, prune_head)
@@ -79,7 +80,9 @@ def prune(
     if group.world_size > 1:
         _require_agreement(model, batches if criterion.needs_data else None)
     masks: Masks | None = None
-    for t in tqdm(range(1, rounds + 1), desc=f"Pruning with {type(criterion).__name__}", unit="round",
+    title = f"Pruning with {type(criterion).__name__}"
+    criterion = criterion.begin()
+    for t in tqdm(range(1, rounds + 1), desc=title, unit="round",
                   disable=not (progress and group.is_main)):  # fmt: skip
         scores = criterion.score(
             model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
@@ -92,15 +95,18 @@ def prune(
     return masks
 
 
-def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str) -> None:
+def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str | None) -> str:
+    """The scope to use."""
     if not isinstance(criterion, Criterion):
         hint = f"{criterion.__name__}()" if isinstance(criterion, type) else "px.PX()"
         raise InvalidArgumentError(f"criterion={criterion!r} is not a criterion; expected an object such as {hint}.")
     check_sparsity(sparsity)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
+    scope = criterion.scope if scope is None else scope
     if scope not in SCOPES:
         raise InvalidArgumentError(f"scope={scope!r}: expected one of {', '.join(map(repr, SCOPES))}.")
+    return scope
 
 
 def _require_agreement(model: nn.Module, batches: Batches | None) -> None:

@@ -45,7 +45,9 @@ def select(
     `scores`: parameter name -> float tensor (16, 32 or 64 bit, any device), non-negative and finite.
     `sparsity`: the fraction to prune, in [0, 1), read as the decimal number it prints as: of n weights,
     `sparsity * n` rounded half to even are pruned, but one weight is always kept.
-    `scope`: "global" counts over all weights, "layer" over each tensor by itself.
+    `scope`: "global" counts over all weights, "layer" over each tensor by itself, "row" over each row of a tensor
+    (its first axis: the weights of one output) by itself. Rows of a tensor may differ by one weight, so that
+    the tensor as a whole has the count of "layer".
     `within`: only weights kept there may be kept. The sparsity still counts over all weights; if `within`
     leaves fewer than are to be kept, all of them are.
 
@@ -112,9 +114,24 @@ def _layer(scores: _Tensors, density: Fraction, within: _Tensors, floor: Fractio
     return masks
 
 
+def _row(scores: _Tensors, density: Fraction, within: _Tensors, floor: Fraction) -> dict[str, Tensor]:
+    masks: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        outputs = score.shape[0] if score.dim() else 1
+        rows = score.detach().abs().reshape(outputs, score.numel() // max(1, outputs))
+        if within:
+            rows = rows.masked_fill(~within[name].to(rows.device).view_as(rows), -1)
+        place = rows.argsort(stable=True, dim=1, descending=True).argsort(dim=1)
+        each, more = divmod(_count({name: score}, density), max(1, outputs))
+        counts = each + (torch.arange(outputs, device=rows.device) < more).to(torch.int64)
+        masks[name] = ((place < counts[:, None]) & (rows >= 0)).view(score.shape).cpu()
+    return masks
+
+
 SCOPES: dict[str, Callable[[_Tensors, Fraction, _Tensors, Fraction], dict[str, Tensor]]] = {
     "global": _global,
     "layer": _layer,
+    "row": _row,
 }
 """Scope -> (checked scores, fraction to keep, what may be kept; no entry = everything, fraction of each
 tensor to keep in any case) -> masks."""

@@ -121,9 +121,12 @@ class PruneArguments:
     )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     rounds: int = field(default=20, metadata={"help": "Rounds of scoring and pruning. The paper uses 100."})
-    scope: str = field(
-        default="global",
-        metadata={"help": "Rank all weights together, or within each layer.", "choices": ["global", "layer"]},
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rank all weights together, or within each layer or output. Default: the criterion's own.",
+            "choices": ["global", "layer", "row"],
+        },
     )
     min_layer_density: float = field(
         default=0.0, metadata={"help": "With scope global: the fraction of each layer that is kept in any case."}
@@ -204,6 +207,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             f"Unknown arguments: {' '.join(unknown)}." + (f" Did you mean {close[0]}?" if close else "")
         )
     model, data, prune, training = groups
+    prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
         prune.min_layer_density = 0.0

@@ -148,7 +148,7 @@ BAD = [
     ("rounds not whole", {"rounds": 2.5}, ValueError, r"rounds=2\.5"),
     ("floor above the budget", {"min_layer_density": 0.6}, ValueError, r"min_layer_density=0\.6.*\[0, 0\.5\]"),
     ("floor nan", {"min_layer_density": float("nan")}, ValueError, "min_layer_density=nan"),
-    ("unknown scope", {"scope": "row"}, ValueError, "'row'.*'global'"),
+    ("unknown scope", {"scope": "channel"}, ValueError, "'channel'.*'global'"),
     ("criterion class", {"criterion": px.PX}, ValueError, r"PX\(\)"),
     ("criterion name", {"criterion": "px"}, ValueError, "not a criterion"),
     ("empty batches", {"batches": []}, ValueError, "empty"),

@@ -34,14 +34,27 @@ def one_thread() -> Iterator[None]:
 def oracle(scores: dict[str, Tensor], sparsity: float, scope: str, within: Masks | None) -> Masks:
     """All weights in one Python list, sorted stably from the top; what is not within goes last."""
     kept: set[tuple[str, int]] = set()
-    groups = {"global": [list(scores)], "layer": [[name] for name in scores]}[scope]
-    for names in groups:
-        places = [(name, i) for name in names for i in range(scores[name].numel())]
+    places_of = {name: [(name, i) for i in range(score.numel())] for name, score in scores.items()}
+    layers = list(places_of.values())
+
+    def count(places: list[tuple[str, int]]) -> int:
+        return max(1, len(places) - round(Fraction(str(sparsity)) * len(places)))
+
+    every = [place for places in layers for place in places]
+    groups = {"global": [(every, count(every))], "layer": [(p, count(p)) for p in layers]}
+    groups["row"] = []
+    for places, score in zip(layers, scores.values(), strict=True):
+        rows = score.shape[0] if score.dim() else 1
+        width = len(places) // max(1, rows)
+        for row in range(rows):  # dealt out one by one, as cards are
+            dealt = len(range(row, count(places), rows))
+            groups["row"].append((places[row * width : (row + 1) * width], dealt))
+    for places, number in groups[scope]:
+        names = {name for name, _ in places}
         value = {(name, i): v for name in names for i, v in enumerate(scores[name].double().flatten().tolist())}
         allowed = [p for p in places if within is None or within[p[0]].flatten()[p[1]]]
-        pruned = round(Fraction(str(sparsity)) * len(places))
         allowed.sort(key=lambda place: -value[place])
-        kept |= set(allowed[: max(1, len(places) - pruned)])
+        kept |= set(allowed[:number])
     return Masks(
         {
             name: torch.tensor([(name, i) in kept for i in range(score.numel())], dtype=torch.bool).reshape(

@@ -18,10 +18,19 @@ class Criterion(ABC):
     Attributes:
         iterative: whether pruning changes the scores of what remains, so that rounds matter.
         needs_data: whether the batches are looked at.
+        needs_labels: whether they must have labels.
+        scope: what the scores are meant to be compared within, see `px_hf.select`.
     """
 
     iterative: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    scope: ClassVar[str] = "global"
+
+    def begin(self) -> Criterion:
+        """What scores the rounds of one pruning: a criterion that learns from round to round returns a fresh
+        object that remembers; any other is its own."""
+        return self
 
     @abstractmethod
     def score(

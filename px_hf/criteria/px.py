@@ -44,24 +44,22 @@ skipped by its name, and no absolute value is needed because every score is non-
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches, Inputs, inputs_of, require_finite, run
+from ..batches import Batches, Inputs, inputs_of, require_finite
 from ..distributed import processes
-from ..errors import InvalidArgumentError, NonFiniteError, TargetError
-from ..modes import evaluating, full_precision
-from ..ops import ACTIVE, G, H, Paths, Reading, Tracer, Weight
+from ..errors import InvalidArgumentError, NonFiniteError
+from ..modes import evaluating
+from ..ops import ACTIVE, G, H, Paths, Weight
 from ..sums import exact_sum, sum_aligned_
 from ..targets import prunable, unwrap
-from .base import Criterion, masked
-
-Gradients = dict[str, Tensor]
+from .base import Criterion
+from .path_network import Gradients, PathNetwork, path_scores
 
 
 @dataclass(frozen=True)
@@ -111,129 +109,14 @@ class PX(Criterion):
             NonFiniteError: the network's output or a score is not finite.
         """
         model = unwrap(model)
-        network = _Network(model, prunable(model, prune_head), masks or {})
+        network = PathNetwork(model, prunable(model, prune_head), masks or {})
         with evaluating(model):
             gradients, exponent = (_all_paths if self.paths == "all" else _active_paths)(network, batches)
         network.warn_of_left_out()
-        return _scores(network.squares, gradients, exponent, self.power)
+        return path_scores(network.squares, gradients, exponent, self.power)
 
 
-class _Network:
-    """A masked model and the readings of its weights."""
-
-    def __init__(self, model: nn.Module, targets: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-        self.model = model
-        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
-        self.masks = {p: masks[name].to(p.device) for name, p in model.named_parameters() if name in masks}
-        self.targets = targets
-        self.squares: dict[str, Tensor] = {}
-        self.left_out: dict[str, None] = {}
-        """Targets that no path can lead through."""
-
-    def masks_only(self) -> dict[Tensor, Weight]:
-        """Weights read as their masks, for h."""
-        return {p: Weight(self.masks.get(p), self.masks.get(p)) for p in self._parameters()}
-
-    def squared(self) -> dict[Tensor, Weight]:
-        """Weights read as θ², for g and for active paths; those of the targets require gradients."""
-        names = {p: name for name, p in self.targets.items()}
-        weights: dict[Tensor, Weight] = {}
-        for p in self._parameters():
-            square = masked(p, self.masks.get(p)).to(self.dtype).square()
-            if p in names:
-                self.squares[names[p]] = square.requires_grad_(True)
-            weights[p] = Weight(square, self.masks.get(p))
-        return weights
-
-    def path_sums(
-        self, inputs: Inputs, start: Tensor, reading: Reading, weights: Mapping[Tensor, Weight]
-    ) -> tuple[Tensor, Paths, list[Tensor]]:
-        """The logits of the masked network, the path sums [N, K] that arrive there, and `Tracer.met`."""
-        images = inputs.images.detach().view(inputs.images.shape)  # a tensor object of our own
-        with torch.no_grad(), Tracer(self.model, reading, weights, self.dtype) as tracer:
-            tracer.start(images, start)
-            logits = run(self.model, Inputs(images, inputs.others))
-        paths = tracer.paths(logits)
-        if paths is None:
-            raise TargetError(
-                f"no path leads from the images to the output of {type(self.model).__name__}: the output does not "
-                "depend on the images, or only through a frozen factor."
-            )
-        return logits, paths, tracer.met
-
-    def gradients(self, output: Tensor, weight: Tensor, met: list[Tensor], inputs: Inputs) -> Gradients:
-        """∂(Σ output ⊙ weight)/∂θ² of every target that is not left out."""
-        leaves = list(self.squares.values())
-        with full_precision(output.device):
-            found = torch.autograd.grad(output, leaves, weight.to(output), allow_unused=True)
-        missing = [name for name, gradient in zip(self.squares, found, strict=True) if gradient is None]
-        if missing:
-            self._leave_out(missing, met, inputs)
-        return {name: g for name, g in zip(self.squares, found, strict=True) if g is not None}
-
-    def _leave_out(self, names: list[str], met: list[Tensor], inputs: Inputs) -> None:
-        """Note that no path can lead through the targets of those names.
-
-        Raises:
-            TargetError: one of them acts on activations and the output depends on it, so there is a path.
-        """
-        reached: Sequence[Tensor | None] = [None] * len(names)
-        if met:
-            leaves = [self.squares[name] for name in names]
-            with torch.enable_grad():
-                sums = [m.sum() for m in met if m.requires_grad]
-            reached = torch.autograd.grad(sums, leaves, allow_unused=True)
-        acting = [name for name, gradient in zip(names, reached, strict=True) if gradient is not None]
-        lost = self._influential(acting, inputs) if acting else []
-        if lost:
-            raise TargetError(
-                f"the output depends on {len(lost)} prunable weight(s) that no path leads through: {_shown(lost)}. "
-                "They act only through a factor that the op rules freeze. Keep them out of pruning, or use a "
-                "criterion that needs no paths (Magnitude)."
-            )
-        self.left_out |= dict.fromkeys(names)
-        if len(self.left_out) == len(self.squares):
-            raise TargetError(f"no path leads through any of the prunable weights: {_shown(names)}.")
-
-    def _influential(self, names: list[str], inputs: Inputs) -> list[str]:
-        """Those of the targets that the network's own output depends on."""
-        leaves = {f"model.{name}": self.targets[name].detach().clone().requires_grad_(True) for name in names}
-        with torch.enable_grad():
-            logits = torch.func.functional_call(_Run(self.model), leaves, (inputs,))
-            if not logits.requires_grad:
-                return []
-            found = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
-        return [name for name, gradient in zip(names, found, strict=True) if gradient is not None]
-
-    def warn_of_left_out(self) -> None:
-        if self.left_out:
-            warnings.warn(
-                f"{len(self.left_out)} prunable weight(s) get no score and stay dense, because no path leads through "
-                f"them (their output is not used, or their input does not depend on the images): "
-                f"{_shown(list(self.left_out))}.",
-                stacklevel=4,
-            )
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.is_floating_point()]
-
-
-class _Run(nn.Module):
-    """`run` as a module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return run(self.model, inputs)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _all_paths(network: _Network, batches: Batches) -> tuple[Gradients, int]:
+def _all_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
     """∂R/∂θ² of Eq. 9, divided by 2**exponent."""
     group = processes()
     weights = network.masks_only()
@@ -267,7 +150,7 @@ _NUMBERS_AT_A_TIME = 2**20
 of at most so many numbers (6 images of 3 × 224 × 224): memory does not depend on the batch size."""
 
 
-def _active_paths(network: _Network, batches: Batches) -> tuple[Gradients, int]:
+def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
     """∂R/∂θ² over active paths, divided by 2**exponent."""
     group = processes()
     weights = network.squared()
@@ -288,35 +171,9 @@ def _active_paths(network: _Network, batches: Batches) -> tuple[Gradients, int]:
 
 
 def _active(
-    network: _Network, inputs: Inputs, weights: Mapping[Tensor, Weight], index: int
+    network: PathNetwork, inputs: Inputs, weights: Mapping[Tensor, Weight], index: int
 ) -> tuple[Gradients, Paths]:
     """∂R/∂θ² of one batch, divided by 2**exponent of the path sums."""
     logits, paths, met = network.path_sums(inputs, inputs.images.to(network.dtype).square(), ACTIVE, weights)
     require_finite(logits, index)
     return network.gradients(paths.data, torch.ones_like(paths.data), met, inputs), paths
-
-
-def _scores(squares: Mapping[str, Tensor], gradients: Gradients, exponent: int, power: float) -> dict[str, Tensor]:
-    """θ² · (2**exponent · ∂R/∂θ²)^power, leaving out 2**exponent if that would leave the dtype's range."""
-    scores = {}
-    for name, gradient in gradients.items():
-        square = squares[name]
-        scores[name] = square.detach() * (gradient if power == 1 else gradient**power)
-        if not bool(torch.isfinite(scores[name]).all()):
-            raise NonFiniteError(
-                f"{int((~torch.isfinite(scores[name])).sum())} score(s) of {name} are not finite; "
-                "check the weights and BatchNorm statistics of the model for NaN and infinity."
-            )
-    largest = max(float(s.max()) for s in scores.values())
-    if largest == 0 and any(bool(square.detach().any()) for square in squares.values()):
-        warnings.warn(
-            "every score is 0: no path from the images to the output survives. A classifier head initialised to zeros "
-            "does this (initialise it, or fit it first), and so does a layer that has been pruned empty.",
-            stacklevel=2,
-        )
-    factor = exponent * power
-    limit = 500 if next(iter(scores.values())).dtype == torch.float64 else 60
-    if largest > 0 and abs(factor + math.log2(largest)) < limit and abs(factor) < limit:
-        for name in scores:
-            scores[name] = scores[name] * 2.0**factor
-    return scores

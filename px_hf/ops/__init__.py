@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 from . import activation, arithmetic, attention, linear, norm, pooling, shape
-from .companions import ACTIVE, G, H, Paths, Reading, Weight
+from .companions import ABSOLUTE, ACTIVE, G, H, Paths, Reading, Weight
 from .registry import RULES, add_rule, rule
 from .tracer import Tracer
 
 __all__ = [
+    "ABSOLUTE",
     "ACTIVE",
     "RULES",
     "G",

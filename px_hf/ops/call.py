@@ -86,7 +86,7 @@ class Call:
             raise NotImplementedError(f"a weight computed by {derived.name}")
         if not self.reading.weights:
             return (value != 0).to(self.dtype)
-        square = value.detach().to(self.dtype).square()
+        square = value.detach().to(self.dtype).abs() ** self.reading.order
         held = derived.path.detach()
         return square * torch.where(held > 0, derived.path / held.where(held > 0, 1.0), 1.0)
 

@@ -110,15 +110,20 @@ class Reading:
     `G`      no    yes     squared weights, all gates open: g(1, θ²)
     `ACTIVE` yes   yes     both: h(x², θ², a)
     ======== ===== ======= ========================================================
+
+    `ABSOLUTE` is `G` with |θ| for θ².
     """
 
     gates: bool
     weights: bool
+    order: int = 2
+    """A path multiplies |θ|^order at a weight; 1 in `ABSOLUTE`."""
 
 
 H: Final = Reading(gates=True, weights=False)
 G: Final = Reading(gates=False, weights=True)
 ACTIVE: Final = Reading(gates=True, weights=True)
+ABSOLUTE: Final = Reading(gates=False, weights=True, order=1)
 
 
 @dataclass

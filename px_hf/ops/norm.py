@@ -53,6 +53,7 @@ def batch_norm(
         gate2 = None
         if call.reading.weights:
             inverse = 1 / (running_var.detach().to(call.dtype) + eps)
+            inverse = inverse if call.reading.order == 2 else inverse.sqrt()
             gamma2 = inverse if gamma2 is None else gamma2 * inverse
     scale = None if gamma2 is None else _per_channel(gamma2, input.dim())
     return call.flow(lambda s: times(s, gate2, scale), input)
