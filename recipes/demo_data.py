@@ -1,8 +1,12 @@
-"""The demo's downstream task: scikit-learn's handwritten digits as a `datasets` dataset. Needs no network."""
+"""The embedded tasks, as `datasets` datasets that need no network: digits, Greek letters, Latin letters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import demo_letters
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -30,3 +34,33 @@ def digits(seed: int = 0) -> DatasetDict:
             for split, rows in {"train": train, "validation": validation, "test": test}.items()
         }
     )
+
+
+def greek() -> DatasetDict:
+    """21 Greek letters, rendered as the backbones' Latin letters were: train 1,050, validation 420, test 1,050 images.
+
+    None of them looks like a Latin letter, so the backbones have seen neither images nor classes. Splits share fonts.
+    """
+    return _rendered(demo_letters.greek, demo_letters.GREEK)
+
+
+def letters() -> DatasetDict:
+    """The Latin letters that the backbones were pretrained on, newly drawn: a source task, not a test of transfer."""
+    return _rendered(demo_letters.letters, demo_letters.CLASSES)
+
+
+EMBEDDED = {"digits": digits, "greek": greek, "letters": letters}
+"""Name -> dataset. The classes of `digits` and `greek` are not those that the backbones were pretrained on."""
+
+_DRAWN = {"train": (1050, 10), "validation": (420, 11), "test": (1050, 12)}  # images, seed
+
+
+def _rendered(
+    draw: Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]], names: Sequence[str]
+) -> DatasetDict:
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(names=list(names))})
+    splits = {}
+    for split, (count, seed) in _DRAWN.items():
+        images, labels = draw(count, torch.Generator().manual_seed(seed))
+        splits[split] = Dataset.from_dict({"image": list(images.numpy()), "label": labels.tolist()}, features=features)
+    return DatasetDict(splits)

@@ -12,6 +12,7 @@ blur are a shift and a slope of the same field.
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,7 @@ IMAGE_SIZE = 32
 COARSE_SHARE = 0.6  # of the letters pass through an 8 × 8 raster
 MERGED_WITH_CAPITAL = "cijklmopsuvwxyz"
 CLASSES = sorted(set(string.ascii_letters) - set(MERGED_WITH_CAPITAL))
+GREEK = "ΓΔΛΞΣΩβγδεζηθλμξπσφψω"  # those that no Latin letter and no other of them looks like
 
 FONTS = [
     *(f"DejaVu{family}" for family in ("Sans", "SansMono", "Serif")),
@@ -42,11 +44,21 @@ _DRAWN_SIZE = 128  # pixels of the bitmap from which the field is computed
 
 
 def letters(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw `count` random letters.
+    """Draw `count` random letters: images uint8 `[count, 32, 32]`, labels int64 `[count]`, indices into `CLASSES`."""
+    return render(count, generator, *_distance_fields())
+
+
+def greek(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same with Greek letters unlike any of the Latin ones; labels are indices into `GREEK`."""
+    return render(count, generator, *_greek_fields())
+
+
+def render(count: int, generator: torch.Generator, fields: Tensor, field_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw `count` of the glyphs of `fields` `[F, 1, 64, 64]` at random.
 
     Returns:
         images: uint8 `[count, 32, 32]`, bright ink on dark paper in most of them.
-        labels: int64 `[count]`, indices into `CLASSES`.
+        labels: int64 `[count]`, those of the glyphs drawn.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -55,7 +67,6 @@ def letters(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     def chance(probability: float) -> Tensor:
         return torch.rand(count, 1, 1, 1, generator=generator) < probability
 
-    fields, field_labels = _distance_fields()
     choice = torch.randint(len(fields), (count,), generator=generator)
 
     # Size, place, rotation and shear: the map from image to letter coordinates.
@@ -95,14 +106,24 @@ def letters(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 @cache
 def _distance_fields() -> tuple[Tensor, Tensor]:
     """Signed distance fields `[fonts · 52, 1, 64, 64]` (inside positive, the letter's longer side is 1), labels."""
+    merged = {letter: letter.upper() if letter in MERGED_WITH_CAPITAL else letter for letter in string.ascii_letters}
+    return _fields_of(FONTS, {letter: CLASSES.index(name) for letter, name in merged.items()})
+
+
+@cache
+def _greek_fields() -> tuple[Tensor, Tensor]:
+    """Likewise, of `GREEK` in the fonts that have them."""
+    with_greek = [name for name in FONTS if name.startswith(("DejaVu", "STIX"))]
+    return _fields_of(with_greek, {letter: label for label, letter in enumerate(GREEK)})
+
+
+def _fields_of(fonts: Sequence[str], letters: Mapping[str, int]) -> tuple[Tensor, Tensor]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fields, labels = [], []
-    for name in FONTS:
+    fields = []
+    for name in fonts:
         font = ImageFont.truetype(folder / f"{name}.ttf", _DRAWN_SIZE)
-        for letter in string.ascii_letters:
-            fields.append(_distance_field(letter, font))
-            labels.append(CLASSES.index(letter.upper() if letter in MERGED_WITH_CAPITAL else letter))
-    return torch.from_numpy(np.stack(fields))[:, None], torch.tensor(labels)
+        fields += [_distance_field(letter, font) for letter in letters]
+    return torch.from_numpy(np.stack(fields))[:, None], torch.tensor(list(letters.values()) * len(fonts))
 
 
 def _distance_field(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:

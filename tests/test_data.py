@@ -131,11 +131,12 @@ BAD_TASKS = {
     "missing label": (
         rows([0, None, 2]),
         {},
-        r"Label None in split 'train' at index 1: the label is missing",
+        r"Label None in split 'train' at index 1, column 'label': the label is missing",
     ),
     "class missing": (rows([0, 0, 2, 2]), {}, r"1 of 3 classes have no example.*'train': 'bee'"),
     "integer class missing": (rows([0, 3, 1], Value("int64")), {}, r"1 of 4 classes have no example.*: '2'"),
     "empty": (rows([], Value("int64")), {}, "training split 'train' is empty"),
+    "one class": (rows([0, 0], ClassLabel(names=["ant"])), {}, r"'label' of split 'train' has the classes \['ant'\]"),
     "no training split": (rows([0, 1, 2]), {"train_split": "training"}, r"No split 'training'.*'train'"),
     "no validation split": (rows([0, 1, 2]), {"validation_split": "val"}, r"No split 'val'.*'train'"),
     "single example": (rows([0, 0, 1, 1, 2]), {}, r"'cat' has 1 training example.*name a validation split"),
@@ -159,9 +160,12 @@ def test_bad_dataset_is_a_clear_error(case: str) -> None:
             r"Split 'test' has other classes.*another order",
         ),
         (rows([0, 1], column="target"), r"Split 'test' has no column 'label'"),
+        (rows([None, None]), r"Label None in split 'test' at index 0, column 'label': the label is missing"),
+        (rows([0, 3], Value("int64")), r"Label 3 in split 'test' at index 1, column 'label' is none of the 3 classes"),
+        (rows([]), "Split 'test' is empty"),
         (
             rows(["wasp"], Value("string")),
-            r"Label 'wasp' in split 'test' at index 0 is none of the 3 classes",
+            r"Label 'wasp' in split 'test' at index 0, column 'label' is none of the 3 classes",
         ),
     ],
 )
@@ -173,6 +177,19 @@ def test_bad_test_split_is_a_clear_error_unless_ignored(test: Dataset, message: 
     with pytest.raises(DataError, match=message):
         classification_task(raw)
     assert classification_task(raw, test_split=None).test is None
+
+
+@pytest.mark.parametrize("own_validation", [True, False])
+def test_a_task_without_a_test_split_gets_one_that_nothing_else_sees(own_validation: bool) -> None:
+    data = {"train": rows(BALANCED)} | ({"validation": rows([2, 1, 0])} if own_validation else {})
+    before = classification_task(DatasetDict(data), validation_share=0.3)
+    task = before.with_test(0.3, seed=1)
+    assert task.test is before.validation
+    assert task.validation.name == task.train.name == "train"
+    parts = [task.train.indices, task.validation.indices]
+    assert sorted(np.concatenate(parts)) == sorted(before.train.indices)
+    assert all(set(part.labels) == {0, 1, 2} for part in (task.train, task.validation))
+    assert task.with_test() is task
 
 
 # --- splits ---

@@ -62,7 +62,8 @@ class Split(torch.utils.data.Dataset):
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, its own, ... for bad files
             path = (value or {}).get("path")
             raise DataError(
-                f"Unreadable image in split {self.name!r} at index {row}{f' ({path})' if path else ''}: "
+                f"Unreadable image in split {self.name!r} at index {row}{f' ({path})' if path else ''}, column "
+                f"{self.image!r}: "
                 f"{type(error).__name__}: {error}. Repair or remove that example."
             ) from error
 
@@ -73,7 +74,11 @@ class Split(torch.utils.data.Dataset):
         """A whole batch: `DataLoader` calls this where it exists, and processors are faster on batches."""
         if self.pixels is None:
             raise DataError(f"Split {self.name!r} has no transform: call with_pixels(...) first.")
-        pixel_values = self.pixels(self.images(positions))
+        images = self.images(positions)
+        try:
+            pixel_values = self.pixels(images)
+        except DataError as error:
+            raise DataError(f"Split {self.name!r}, column {self.image!r}: {error}") from error
         labels = self.labels[list(positions)].tolist()
         return [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
 

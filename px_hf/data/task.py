@@ -26,6 +26,17 @@ class ClassificationTask:
     validation: Split
     test: Split | None
 
+    def with_test(self, validation_share: float = 0.15, seed: int = 0) -> ClassificationTask:
+        """The same task with a test split that nothing is chosen on.
+
+        Where there is none, the validation split becomes the test split, and another validation split is taken off
+        the training split.
+        """
+        if self.test is not None:
+            return self
+        train, validation = _split_off(self.train, self.labels, validation_share, seed)
+        return ClassificationTask(self.labels, train, validation, self.validation)
+
 
 def classification_task(
     raw: DatasetDict,
@@ -48,8 +59,8 @@ def classification_task(
       seeded share `validation_share` of each class of the training split. The test split is never used.
     - `test_split`: its name; a dataset without it has no test split; None ignores it.
 
-    **Raises** `DataError`: no such column or split, labels that are missing, not integers, negative or out
-    of range, a class without a training example.
+    **Raises** `DataError`: no such column or split, an empty split, labels that are missing, not integers, negative
+    or out of range, fewer than two classes, a class without a training example, other classes in another split.
     """
     if train_split not in raw:
         raise DataError(f"No split {train_split!r} to train on; the dataset has {_listed(raw)}.")
@@ -65,12 +76,19 @@ def classification_task(
     image = find_image_column(features, image_column)
     label = find_label_column(features, label_column)
     labels = class_names(raw[train_split], label)
+    if len(labels) < 2:
+        raise DataError(
+            f"Column {label!r} of split {train_split!r} has the classes [{_listed(labels)}], expected at least 2: "
+            "there is nothing to tell apart."
+        )
 
     def split(name: str) -> Split:
         rows = raw[name]
         absent = {image, label} - set(rows.column_names)
         if absent:
             raise DataError(f"Split {name!r} has no column {_listed(absent)}; it has {_listed(rows.column_names)}.")
+        if len(rows) == 0:
+            raise DataError(f"Split {name!r} is empty: give it examples, or leave it out.")
         targets = read_labels(rows, label, labels, name)
         undecoded = rows.cast_column(image, ImageFeature(decode=False)).select_columns([image])
         return Split(name, undecoded, image, np.arange(len(rows)), targets)
@@ -138,7 +156,7 @@ def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -
     feature = rows.features[column]
     if isinstance(feature, ClassLabel) and list(feature.names) != list(labels):
         raise DataError(
-            f"Split {split!r} has other classes than the training split, or another order: "
+            f"Split {split!r} has other classes in column {column!r} than the training split, or another order: "
             f"{_listed(feature.names)} instead of {_listed(labels)}."
         )
     values = rows.with_format(None)[column][:]
@@ -150,7 +168,7 @@ def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -
     for row, value in enumerate(values):
         if isinstance(value, int) and 0 <= value < len(labels):
             continue
-        what = f"Label {value!r} in split {split!r} at index {row}"
+        what = f"Label {value!r} in split {split!r} at index {row}, column {column!r}"
         if value is None:
             raise DataError(f"{what}: the label is missing. Remove unlabelled examples.")
         if isinstance(value, int) and value < 0:
