@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,8 @@ class DataArguments:
 
 
 @dataclass
-class PruneArguments:
-    """The sparse subnetwork."""
+class ScoringArguments:
+    """How weights are ranked for pruning."""
 
     criterion: str = field(
         default="px-active", metadata={"help": "How weights are scored.", "choices": list(px.CRITERIA)}
@@ -119,7 +119,6 @@ class PruneArguments:
     power: float | None = field(
         default=None, metadata={"help": "Exponent of the path flow in the px criteria: 1 = the paper, 0 = magnitude."}
     )
-    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     rounds: int = field(default=20, metadata={"help": "Rounds of scoring and pruning. The paper uses 100."})
     scope: str | None = field(
         default=None,
@@ -136,11 +135,6 @@ class PruneArguments:
     scoring_batch_size: int = field(
         default=16, metadata={"help": "Images scored at once. Smaller saves memory; scores do not depend on it."}
     )
-    dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
-    compare_dense: bool = field(
-        default=False,
-        metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
-    )
 
     def criterion_object(self) -> px.Criterion:
         """The criterion of that name, with `power`. **Raises** `InvalidArgumentError` if it takes none."""
@@ -150,6 +144,18 @@ class PruneArguments:
         if not isinstance(criterion, px.PX):
             raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion}.")
         return px.PX(paths=criterion.paths, power=self.power)
+
+
+@dataclass
+class PruneArguments(ScoringArguments):
+    """The sparse subnetwork."""
+
+    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
+    dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
+    compare_dense: bool = field(
+        default=False,
+        metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
+    )
 
 
 @dataclass
@@ -186,31 +192,16 @@ Arguments = tuple[ModelArguments, DataArguments, PruneArguments, FineTuneArgumen
 
 def parse(argv: Sequence[str]) -> Arguments:
     """The four groups from the command line and the files it names. **Raises** `InvalidArgumentError`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config = first.parse_known_args(argv)[0].config
-    given = [*(_read_config(config) if config else []), *argv]
-
-    parser = HfArgumentParser(
+    model, data, prune, training = parse_groups(
+        argv,
         (ModelArguments, DataArguments, PruneArguments, FineTuneArguments),
-        allow_abbrev=False,
-        usage="accelerate launch recipes/prune_finetune.py [--config file.yaml] [--name value ...]",
+        "accelerate launch recipes/prune_finetune.py [--config file.yaml] [--name value ...]",
+        lambda named: {} if any(getattr(named, f.name) for f in fields(DataSource)) else EXAMPLE,
     )
-    named = parser.parse_known_args(given)[0]
-    if not any(getattr(named, f.name) for f in fields(DataSource)):
-        parser.set_defaults(**EXAMPLE)
-    *groups, unknown = parser.parse_args_into_dataclasses(given, True, look_for_args_file=False)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise px.InvalidArgumentError(
-            f"Unknown arguments: {' '.join(unknown)}." + (f" Did you mean {close[0]}?" if close else "")
-        )
-    model, data, prune, training = groups
-    prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
         prune.min_layer_density = 0.0
+    prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
     if training.push_to_hub:
         raise px.InvalidArgumentError("This recipe does not push: upload the finished folder with `hf upload`.")
     mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
@@ -218,6 +209,33 @@ def parse(argv: Sequence[str]) -> Arguments:
     for name, value in names.items():
         training.output_dir = training.output_dir.replace(f"{{{name}}}", value)
     return model, data, prune, training
+
+
+def parse_groups(
+    argv: Sequence[str],
+    groups: Sequence[type],
+    usage: str,
+    example: Callable[[argparse.Namespace], Mapping[str, Any]],
+) -> list[Any]:
+    """One object for each of the dataclasses `groups`; `example` tells other defaults, given what was named.
+
+    **Raises** `InvalidArgumentError` for an unknown argument or an unreadable `--config`.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    config = first.parse_known_args(argv)[0].config
+    given = [*(_read_config(config) if config else []), *argv]
+
+    parser = HfArgumentParser(tuple(groups), allow_abbrev=False, usage=usage)
+    parser.set_defaults(**example(parser.parse_known_args(given)[0]))
+    *found, unknown = parser.parse_args_into_dataclasses(given, True, look_for_args_file=False)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise px.InvalidArgumentError(
+            f"Unknown arguments: {' '.join(unknown)}." + (f" Did you mean {close[0]}?" if close else "")
+        )
+    return found
 
 
 def _read_config(path: str) -> list[str]:
