@@ -8,6 +8,7 @@ print(px.report(model, masks))
 masks.apply_(model)
 trainer = Trainer(model, ..., callbacks=[px.KeepMasks(masks)])
 px.save_pretrained(model, masks, "out")
+px.push_to_hub(model, masks, "user/name")
 ```
 """
 
@@ -20,6 +21,7 @@ from .criteria import CRITERIA, PX, Criterion, Magnitude, Random
 from .errors import (
     CheckpointError,
     DataError,
+    HubError,
     InvalidArgumentError,
     LaunchError,
     NonFiniteError,
@@ -38,11 +40,13 @@ from .version import __version__
 if TYPE_CHECKING:
     from .finetune import KeepMasks, keep_masks
     from .hub import from_pretrained, save_pretrained
+    from .push import push_to_hub
 
 _LAZY = {
     "KeepMasks": "finetune",
     "keep_masks": "finetune",
     "from_pretrained": "hub",
+    "push_to_hub": "push",
     "save_pretrained": "hub",
 }
 """Names whose module needs transformers, which takes seconds to import: loaded when first used."""
@@ -66,6 +70,7 @@ __all__ = [
     "CheckpointError",
     "Criterion",
     "DataError",
+    "HubError",
     "InvalidArgumentError",
     "KeepMasks",
     "LaunchError",
@@ -83,6 +88,7 @@ __all__ = [
     "from_pretrained",
     "keep_masks",
     "prune",
+    "push_to_hub",
     "report",
     "save_pretrained",
     "select",

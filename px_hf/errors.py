@@ -40,3 +40,7 @@ class CheckpointError(PxError, ValueError):
 
 class OutputExistsError(PxError, FileExistsError):
     """An output folder already holds a model and overwriting was not asked for."""
+
+
+class HubError(PxError, OSError):
+    """Nothing was pushed: no token, no permission, the Hub refuses or does not answer, no room on the disk."""

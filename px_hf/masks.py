@@ -254,7 +254,7 @@ class Masks(Mapping[str, Tensor]):
             return cls.load(Path(folder_or_repo_id, subfolder, MASKS_FILE))
 
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HTTPError  # HTTPError: a cut connection too
 
         try:
             path = hf_hub_download(
@@ -265,7 +265,7 @@ class Masks(Mapping[str, Tensor]):
                 token=token,
                 **download,
             )
-        except (EntryNotFoundError, OSError, ValueError) as error:
+        except (EntryNotFoundError, HTTPError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"Cannot get {MASKS_FILE} of {str(folder_or_repo_id)!r}: it is not a local folder, and as a "
                 f"Hub repository: {error}"

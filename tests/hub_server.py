@@ -340,6 +340,13 @@ class Endpoint(Handler):
         empty = {"message": "empty or missing yaml metadata in repo card"}
         self.answer({"errors": [], "warnings": [] if metadata else [empty]})
 
+    @route(HUB, "GET", "/api/models/{repo}/auth-check(/write)?")
+    def auth_check(self, repo: str) -> None:
+        if self.path.endswith("/write"):
+            self.writable(repo)
+        self.repo(repo)
+        self.answer({})
+
     @route(HUB, "POST", "/api/models/{repo}/preupload/{rev}")
     def preupload(self, repo: str, rev: str) -> None:
         found, _ = self.writable(repo, self.wants_pr())
