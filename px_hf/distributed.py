@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .errors import LaunchError
+from .errors import LaunchError, PxError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,25 @@ def same_everywhere(digest: bytes, model: nn.Module) -> bool:
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
     return bool(torch.equal(highest, lowest))
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """What `function` returns on the main process, on every process; it runs on the main process alone.
+
+    A `PxError` that it raises there is raised everywhere, so that no process waits for another in vain.
+    """
+    group = processes()
+    if group.world_size == 1:
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Result | PxError | None] = [None]
+    if group.is_main:
+        try:
+            told = [function()]
+        except PxError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], PxError):
+        raise told[0]
+    return told[0]  # type: ignore[return-value]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..batches import Inputs, run
 from ..data import Preprocess, Split
-from ..distributed import processes
+from ..distributed import on_main, processes
 from ..errors import DataError, PxError
 from ..modes import evaluating
 from ..targets import PRUNABLE_LAYERS, head_modules, unwrap
@@ -108,10 +108,7 @@ class FeatureCache:
         main = processes().is_main
         path = self.folder / f"{key}.safetensors"
         kept = _read(path) if main else None
-        known = [kept is not None]
-        if processes().world_size > 1:
-            broadcast_object_list(known)
-        if known[0]:
+        if on_main(lambda: kept is not None):
             return kept
         computed = features()
         if main:

@@ -1,0 +1,142 @@
+"""The models that are compared: a dense parent, pruned ones, and random masks as a control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from arguments import FineTuneArguments, ModelArguments, ScoringArguments
+from backbone import load_model
+from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+import px_hf as px
+from px_hf.data import CalibrationSet
+from px_hf.evaluation.control import shuffled
+from px_hf.targets import head_modules
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone and its masks; `kind` is "dense", "pruned" or "random"."""
+
+    name: str
+    kind: str
+    model: ModelArguments
+    masks: px.Masks | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """For the report: no folder of this machine."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "model": self.model.short_name(),
+            "sparsity": 0.0 if self.masks is None else self.masks.sparsity,
+            "masks_sha256": None if self.masks is None else self.masks.fingerprint(),
+        }
+
+    def load(self, labels: list[str], training: FineTuneArguments) -> PreTrainedModel:
+        """The masked model with a new head for `labels`, the same for all subjects of one architecture."""
+        with _quiet_loading():  # that the head does not fit is known
+            model = load_model(self.model, labels, training)
+        set_seed(training.seed)
+        for module in model.modules():  # in their order, which a set of them has not
+            if module in head_modules(model) and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if (masks := self.masks_for(model)) is not None:
+            masks.apply_(model)
+        return model
+
+    def masks_for(self, model: PreTrainedModel) -> px.Masks | None:
+        """The masks without those of the head, which is new."""
+        if self.masks is None:
+            return None
+        head = {id(parameter) for module in head_modules(model) for parameter in module.parameters()}
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
+        return px.Masks({name: mask for name, mask in self.masks.items() if name not in names})
+
+    def control(self, subjects: list[Subject], seed: int = 0) -> Subject | None:
+        """The dense parent under a random mask with the densities of this one, if there are both."""
+        dense = next((subject for subject in subjects if subject.kind == "dense"), None)
+        if self.kind != "pruned" or self.masks is None or dense is None:
+            return None
+        return Subject(f"random {_percent(self.masks)}", "random", dense.model, shuffled(self.masks, seed))
+
+
+def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[list[Subject], list[str]]:
+    """The dense parent, where it is known, and the model itself if it is pruned; and notes for the reader.
+
+    **Raises** `CheckpointError` if a pruned model has no masks.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    except (OSError, ValueError) as error:
+        raise px.CheckpointError(f"Cannot load {model_args.model_name_or_path}: {error}") from error
+    entry = getattr(config, "px", None)
+    if not entry:
+        if parent:
+            raise px.InvalidArgumentError(
+                f"{model_args.model_name_or_path} is not a pruned model of px_hf: it has no parent."
+            )
+        return [Subject("dense", "dense", model_args)], []
+
+    download = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
+    masks = px.Masks.from_pretrained(model_args.model_name_or_path, **download)
+    model = Subject(f"pruned {_percent(masks)}", "pruned", model_args, masks)
+    notes = []
+    told = str(entry.get("base_model") or "")
+    if parent is None and (Path(told).is_dir() or told.count("/") == 1):
+        parent = told
+    if parent is None:
+        return [model], [f"No dense parent to compare with: {told!r} is not here. Name --dense_model_name_or_path."]
+    revision = entry.get("base_revision") if parent == told else None
+    dense = Subject(
+        "dense", "dense", replace(model_args, model_name_or_path=parent, model_revision=revision or "main")
+    )
+    if entry.get("dataset"):
+        notes.append(
+            f"The pruned model has been fine-tuned on {entry['dataset']}; on frozen features its dense parent and the "
+            "random mask have not."
+        )
+    return [dense, model], notes
+
+
+def pruned_here(
+    dense: Subject, args: ScoringArguments, training: FineTuneArguments, labels: list[str], batches: CalibrationSet
+) -> list[Subject]:
+    """`dense` pruned to each of `args.sparsity`, without training."""
+    model = load_model(dense.model, labels, training)
+    found = []
+    for sparsity in args.sparsity:  # type: ignore[attr-defined]
+        masks = px.prune(
+            model,
+            batches,
+            args.criterion_object(),
+            sparsity=sparsity,
+            rounds=args.rounds,
+            scope=args.scope,
+            min_layer_density=args.min_layer_density,
+            progress=not training.disable_tqdm,
+        )
+        found.append(Subject(f"pruned {_percent(masks)}", "pruned", dense.model, masks))
+    return found
+
+
+def _percent(masks: px.Masks) -> str:
+    return f"{100 * masks.sparsity:.4g} %"
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
