@@ -176,6 +176,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, EvaluateArguments, FineTuneA
         torch.set_num_threads(1)  # more cost more than they give for images this small, and round differently
     for sparsity in args.sparsity:
         check_sparsity(sparsity)
+    if len({f"{sparsity:.3f}" for sparsity in args.sparsity}) < len(args.sparsity):
+        raise px.InvalidArgumentError("--sparsity names the same sparsity twice.")
     if args.sparsity and not args.prune_on:
         raise px.InvalidArgumentError("--sparsity needs --prune_on: the task whose images the model is pruned on.")
     if args.add_to_model and not Path(model_args.model_name_or_path).is_dir():

@@ -126,7 +126,7 @@ def pruned_here(
 
 
 def _percent(masks: px.Masks) -> str:
-    return f"{100 * masks.sparsity:.4g} %"
+    return f"{100 * masks.sparsity:.1f}".removesuffix(".0") + " %"
 
 
 @contextmanager

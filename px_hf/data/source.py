@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from px_hf.errors import DataError
 
@@ -59,8 +60,8 @@ def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDic
     if source.dataset_name:
         try:
             raw = load_dataset(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir)
-        except (OSError, ValueError) as error:
-            raise DataError(f"Cannot read the dataset {source.dataset_name!r}: {error}") from error
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise DataError(f"Cannot read the dataset {source.dataset_name!r}: {_reason(error)}") from error
         if isinstance(raw, Dataset):
             raw = DatasetDict({"train": raw})
         return raw
@@ -73,5 +74,23 @@ def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDic
         raise DataError(f"No training data: only {', '.join(named)} is named. Name train_dir or train_file too.")
     if source.folders:
         patterns = {split: str(Path(folder) / "**") for split, folder in named.items()}
-        return load_dataset("imagefolder", data_files=patterns, cache_dir=cache_dir)
-    return load_dataset("parquet", data_files=named, cache_dir=cache_dir)
+        try:
+            return load_dataset("imagefolder", data_files=patterns, cache_dir=cache_dir)
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            raise DataError(f"Cannot read the images of {', '.join(named.values())}: {_reason(error)}") from error
+    # One by one: together they would all be read with the columns and class names of the first.
+    return DatasetDict({split: _read_parquet(split, file, cache_dir) for split, file in named.items()})
+
+
+def _read_parquet(split: str, file: str, cache_dir: str | None) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files={split: file}, split=split, cache_dir=cache_dir)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise DataError(f"Cannot read split {split!r} from {file}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause: datasets says of many errors only that there was one."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return "it is empty." if "corresponds to no data" in str(error) else str(error) or type(error).__name__

@@ -25,9 +25,9 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     rows = -(-len(tasks) // columns)
     width = 1.8 + columns * max(3.0, 0.16 * len(methods) * len(subjects) + 1)
     figure = Figure(figsize=(width, 3.1 * rows + 0.9), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     shades = _shades(subjects)
-    for axes, (task, record) in zip(panels, tasks.items(), strict=False):
+    for (task, record), axes in zip(sorted(tasks.items()), panels, strict=False):
         axes.set_title(task if not record["error"] else f"{task}: failed", fontsize=10)
         for place, subject in enumerate(subjects):
             found = record["results"].get(subject["name"], {})
@@ -49,7 +49,7 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     for axes in panels:  # those without a task
         axes.set_visible(False)
     figure.supylabel("test accuracy, %, with 95 % interval", fontsize=9)
-    figure.suptitle(f"{results['model']} on tasks it was not pruned for" if len(subjects) > 1 else results["model"])
+    figure.suptitle(f"{results['model']} on downstream tasks")
     handles = [
         Line2D([], [], marker=_marker(subject), color=_COLOURS[subject["kind"]], alpha=shade, label=subject["name"])
         for subject, shade in zip(subjects, shades, strict=True)

@@ -37,7 +37,7 @@ METRICS = {
 
 def accuracy_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
     """For each task its name, and for each subject its name and the cells of `results["methods"]`."""
-    for task, record in results["tasks"].items():
+    for task, record in sorted(results["tasks"].items()):
         if not record["error"]:
             dense = next((s["name"] for s in results["subjects"] if s["kind"] == "dense"), None)
             yield (
@@ -75,10 +75,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     for task, rows in accuracy_rows(results):
         record = results["tasks"][task]
-        counts = ", ".join(f"{split} {count:,}" for split, count in record["examples"].items())
+        counts = ", ".join(f"{split} {record['examples'][split]:,}" for split in ("train", "validation", "test"))
         lines += ["", f"### {task}", "", f"{record['classes']} classes; images: {counts}.", ""]
         lines += _table(["", *(METHODS[m] for m in methods)], [[name, *cells] for name, cells in rows])
-    failed = {task: record["error"] for task, record in results["tasks"].items() if record["error"]}
+    failed = {task: record["error"] for task, record in sorted(results["tasks"].items()) if record["error"]}
     if failed:
         lines += ["", "### Failed", "", *(f"- **{task}**: {_escape(error)}" for task, error in failed.items())]
     lines += ["", "<details><summary>Other metrics</summary>", "", *_other_metrics(results), "", "</details>"]
@@ -108,10 +108,10 @@ def model_index(results: Mapping[str, Any]) -> list[EvalResult]:
             metric_name=f"{METRICS[metric]} ({METHODS[method]})",
             metric_value=round(score["value"], 4),
         )
-        for task, record in results["tasks"].items()
+        for task, record in sorted(results["tasks"].items())
         if not record["error"]
-        for method, found in record["results"].get(subjects[0], {}).items()
-        for metric, score in found["scores"].items()
+        for method, found in sorted(record["results"].get(subjects[0], {}).items())
+        for metric, score in sorted(found["scores"].items())
     ]
 
 
@@ -133,12 +133,13 @@ def read_results(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 def _other_metrics(results: Mapping[str, Any]) -> list[str]:
     names = [name for name in METRICS if name != "accuracy"]
     rows = []
-    for task, record in results["tasks"].items():
-        for subject, by_method in record["results"].items():
-            for method, found in by_method.items():
-                scores = found["scores"]
-                cells = [_score(scores[name]) if name in scores else "-" for name in names]
-                rows.append([task, subject, METHODS[method], *cells])
+    for task, record in sorted(results["tasks"].items()):
+        for subject in (subject["name"] for subject in results["subjects"]):
+            for method in results["methods"]:
+                scores = record["results"].get(subject, {}).get(method, {}).get("scores")
+                if scores:
+                    cells = [_score(scores[name]) if name in scores else "-" for name in names]
+                    rows.append([task, subject, METHODS[method], *cells])
     return _table(["task", "model", "method", *(METRICS[name] for name in names)], rows)
 
 

@@ -1,0 +1,370 @@
+"""recipes/evaluate_downstream.py: whole runs on small data, failures, resuming, two processes, and its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from sklearn.linear_model import Ridge as SklearnRidge
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+import px_hf as px
+from px_hf.evaluation.control import shuffled
+from px_hf.evaluation.page import markdown, model_index, read_results
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import demo_data  # noqa: E402
+import evaluate_downstream  # noqa: E402
+from tasks import find_tasks  # noqa: E402
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+AB = ClassLabel(names=["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tiny backbone in `backbone`, and the same pruned in `pruned`; runs write beside them."""
+    folder = tmp_path_factory.mktemp("downstream")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    model = ResNetForImageClassification(config)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    model.save_pretrained(folder / "backbone")
+    processor.save_pretrained(folder / "backbone")
+    masks = px.prune(model, [], px.Magnitude(), sparsity=0.6, progress=False)
+    masks.apply_(model)
+    px.save_pretrained(model, masks, folder / "pruned", image_processor=processor, provenance={"base_model": "tiny"})
+    return folder
+
+
+def settings(
+    folder: Path, out: str, *more: str, model: str = "backbone", tasks: tuple[str, ...] = ("digits",)
+) -> list[str]:
+    return [
+        *("--model_name_or_path", str(folder / model), "--output_dir", str(folder / out), "--tasks", *tasks),
+        *("--max_train_samples", "150", "--max_eval_samples", "61", "--num_train_epochs", "3"),
+        *("--per_device_train_batch_size", "8", "--learning_rate", "0.01", "--disable_tqdm", "true", *more),
+    ]
+
+
+PRUNED_HERE = ("--sparsity", "0.5", "0.8", "--prune_on", "digits", "--criterion", "magnitude")
+
+
+def pictures(labels: list[Any], feature: Any = AB, column: str = "label") -> Dataset:
+    """Squares of two colours, in all sizes and modes."""
+    modes = ("RGB", "L", "RGBA", "P", "1", "I;16", "CMYK", "LA")
+    colours = [(230, 200, 200) if label == 0 else (20, 20, 60) for label in labels]
+    images = [
+        Image.new("RGB", (9 + row % 5, 12 + row % 7), colour).convert(modes[row % 8] if row % 8 != 5 else "I;16")
+        if row % 8 != 5
+        else Image.fromarray(np.full((8, 8), 40 * colour[0], np.uint16))
+        for row, colour in enumerate(colours)
+    ]
+    features = Features({"image": ImageFeature(), column: feature})
+    return Dataset.from_dict({"image": images, column: labels}, features=features)
+
+
+def task_file(folder: Path, name: str, **splits: Dataset) -> str:
+    files = {}
+    for split, rows in splits.items():
+        files[f"{split}_file"] = str(folder / f"{name}-{split}.parquet")
+        rows.to_parquet(files[f"{split}_file"])
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**files, "horizontal_flip": False}))
+    return str(folder / f"{name}.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A run on the digits and on pictures of mixed sizes and modes: the folder and its results."""
+    mixed = task_file(folder, "mixed", train=pictures([0, 1] * 20), validation=pictures([1, 0] * 10))
+    argv = settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))
+    assert evaluate_downstream.main(argv) == 0
+    return folder / "finished", json.loads((folder / "finished/downstream.json").read_text())
+
+
+def test_a_run_reports_every_model_method_and_metric(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, results = finished
+    names = ["dense", "pruned 50 %", "pruned 80 %", "random 50 %", "random 80 %"]
+    assert [subject["name"] for subject in results["subjects"]] == names
+    assert [round(subject["sparsity"], 2) for subject in results["subjects"]] == [0, 0.5, 0.8, 0.5, 0.8]
+    for task, examples in {
+        "digits": {"train": 150, "validation": 61, "test": 61},
+        "mixed": {"train": 34, "validation": 6, "test": 20},  # the validation split is the test
+    }.items():
+        record = results["tasks"][task]
+        assert record["error"] is None
+        assert record["examples"] == examples
+        assert sorted(record["results"]) == sorted(names)
+        for by_method in record["results"].values():
+            assert sorted(by_method) == ["finetune", "knn", "linear", "ridge"]
+            for method, found in by_method.items():
+                assert ("calibration_error" in found["scores"]) == (method != "ridge")
+                for metric in ("accuracy", "top_5_accuracy", "macro_f1", "balanced_accuracy"):
+                    score = found["scores"][metric]
+                    assert 0 <= score["low"] <= score["value"] <= score["high"] <= 1
+                right = found["scores"]["accuracy"]["value"] * examples["test"]
+                assert right == pytest.approx(round(right))  # every test image once
+    assert results["tasks"]["digits"]["results"]["dense"]["linear"]["scores"]["accuracy"]["value"] > 0.5
+    assert results["tasks"]["digits"]["results"]["dense"]["finetune"]["scores"]["accuracy"]["value"] > 0.5
+    assert Image.open(out / "downstream.png").size[0] > 600
+    page = (out / "downstream.md").read_text()
+    assert page == markdown(results)
+    for text in (
+        "### digits",
+        "| pruned 80 % |",
+        "calibration error",
+        "15 bins",
+        "![Accuracy by task](downstream.png)",
+    ):
+        assert text in page
+    assert not any(path.name.startswith(".") for path in out.rglob("*"))
+
+
+def test_the_ridge_probe_is_that_of_the_model_by_other_means(
+    folder: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    """Features by hand, scikit-learn's ridge with the λ that was chosen, accuracy by counting."""
+    task = find_tasks(["digits"])[0]
+    task.data.max_train_samples, task.data.max_eval_samples = 150, 61
+    data = task.load(seed=42)
+    model = AutoModelForImageClassification.from_pretrained(folder / "backbone").eval()
+    processor = ViTImageProcessor.from_pretrained(folder / "backbone")
+
+    def features(split: Any) -> np.ndarray:
+        images = processor(split.images(range(len(split))), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            return model.resnet(images).pooler_output.flatten(1).double().numpy()
+
+    assert data.test is not None
+    train, test = features(data.train), features(data.test)
+    mean, deviation = train.mean(0), train.std(0)
+    deviation[deviation < 1e-7] = np.inf
+    found = finished[1]["tasks"]["digits"]["results"]["dense"]["ridge"]
+    ridge = SklearnRidge(alpha=150 * found["chosen"]["lambda"]).fit(
+        (train - mean) / deviation, np.eye(10)[data.train.labels]
+    )
+    predicted = ridge.predict((test - mean) / deviation).argmax(1)
+    assert (predicted == data.test.labels).mean() == found["scores"]["accuracy"]["value"]
+
+
+def test_a_finished_run_is_not_computed_again(
+    folder: Path, finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed again")
+
+    mixed = str(folder / "mixed.yaml")
+    before = (folder / "finished/downstream.json").read_bytes()
+    with monkeypatch.context() as patched:
+        for name in ("probe", "finetune", "head_inputs"):
+            patched.setattr(evaluate_downstream, name, never)
+        assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
+        assert (folder / "finished/downstream.json").read_bytes() == before
+
+        # interrupted in one model: its features are there still
+        file = folder / "finished/tasks/digits.json"
+        record = json.loads(file.read_text())
+        del record["results"]["random 80 %"]["linear"]
+        file.write_text(json.dumps(record))
+        patched.undo()
+        patched.setattr(evaluate_downstream, "head_inputs", never)
+        assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
+    again = json.loads((folder / "finished/downstream.json").read_text())
+    for results in (again, finished[1]):
+        results["tasks"]["digits"]["results"]["random 80 %"]["linear"].pop("seconds")
+    assert again == finished[1]
+
+
+def test_results_of_other_settings_are_not_mixed_in(folder: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    before = (folder / "finished/tasks/digits.json").read_bytes()
+    with pytest.raises(px.OutputExistsError, match=r"other settings \(learning_rate\).*--overwrite_output_dir"):
+        evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, "--learning_rate", "0.1"))
+    assert (folder / "finished/tasks/digits.json").read_bytes() == before
+
+
+def test_two_processes_give_the_results_of_one(folder: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    """Probes exactly; fine-tuning counts every one of the 61 test images once."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    env = clean | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    argv = settings(folder, "two", "--per_device_train_batch_size", "4", *PRUNED_HERE)
+    command = [*TWO, str(RECIPES / "evaluate_downstream.py"), *argv]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((folder / "two/downstream.json").read_text())["tasks"]["digits"]["results"]
+    one = finished[1]["tasks"]["digits"]["results"]
+    for subject, by_method in one.items():
+        for method in ("knn", "ridge", "linear"):
+            assert two[subject][method]["scores"] == by_method[method]["scores"]
+        accuracy = two[subject]["finetune"]["scores"]["accuracy"]["value"]
+        assert accuracy * 61 == pytest.approx(round(accuracy * 61))
+    assert two["dense"]["finetune"]["scores"]["accuracy"]["value"] == pytest.approx(
+        one["dense"]["finetune"]["scores"]["accuracy"]["value"], abs=0.15
+    )
+
+
+GOOD = pictures([0, 1] * 12)
+BAD_TASKS: dict[str, tuple[dict[str, Dataset], str]] = {
+    "one-class": (
+        {"train": pictures([0] * 9, ClassLabel(names=["a"]))},
+        r"'label' of split 'train' has the classes \['a'\], expected at least 2",
+    ),
+    "out-of-range": (
+        {"train": GOOD, "test": pictures([0, 5], Value("int64"))},
+        r"Label 5 in split 'test' at index 1, column 'label' is none of the 2 classes",
+    ),
+    "empty-test": (
+        {"train": GOOD, "test": pictures([])},
+        "Cannot read split 'test' from .*empty-test-test.parquet: it is empty",
+    ),
+    "other-names": (
+        {"train": GOOD, "test": pictures([0, 1], ClassLabel(names=["b", "a"]))},
+        r"Split 'test' has other classes in column 'label' than the training split",
+    ),
+    "unlabelled": (
+        {"train": GOOD, "test": pictures([-1, -1], Value("int64"))},
+        r"Label -1 in split 'test' at index 0, column 'label'.*leave that split out",
+    ),
+    "no-column": ({"train": GOOD, "test": pictures([0, 1], column="target")}, "Split 'test' has no column 'label'"),
+    "broken-image": (
+        {"train": GOOD, "test": Dataset.from_dict(
+            {"image": [{"bytes": b"\x89PNG", "path": None}] * 2, "label": [0, 1]},
+            features=Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": AB}),
+        )},
+        r"Unreadable image in split 'test' at index 0, column 'image'",
+    ),
+}  # fmt: skip
+
+
+def test_a_task_that_fails_is_reported_and_the_others_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [task_file(folder, name, **splits) for name, (splits, _) in BAD_TASKS.items()]
+    good = task_file(folder, "good", train=GOOD, test=pictures([1, 0] * 5))
+    argv = settings(folder, "failing", "--methods", "ridge", tasks=(*files, good))
+    assert evaluate_downstream.main(argv) == len(BAD_TASKS)
+    results = json.loads((folder / "failing/downstream.json").read_text())
+    page, printed = (folder / "failing/downstream.md").read_text(), capsys.readouterr().out
+    for name, (_, message) in BAD_TASKS.items():
+        error = results["tasks"][name]["error"]
+        assert re.search(f"DataError: Task '{name}'.*{message}", error, re.DOTALL), error
+        assert f"- **{name}**: DataError: Task '{name}'" in page
+        assert f"Task '{name}'" in printed.replace("\n", " ")
+    assert results["tasks"]["good"]["error"] is None
+    assert results["tasks"]["good"]["results"]["dense"]["ridge"]["scores"]["accuracy"]["value"] > 0.8
+
+    # repaired, it is evaluated by the next run
+    task_file(folder, "empty-test", train=GOOD, test=pictures([1, 0] * 5))
+    assert evaluate_downstream.main(argv) == len(BAD_TASKS) - 1
+
+
+def test_a_pruned_model_is_compared_with_its_parent_and_its_report_goes_into_its_card(folder: Path) -> None:
+    parent = ("--dense_model_name_or_path", str(folder / "backbone"), "--methods", "linear", "--add_to_model")
+    assert evaluate_downstream.main(settings(folder, "of-pruned", *parent, model="pruned")) == 0
+    results = read_results(folder / "pruned")
+    assert results is not None
+    assert [subject["name"] for subject in results["subjects"]] == ["dense", "pruned 60 %", "random 60 %"]
+    assert (folder / "pruned/downstream.md").is_file()
+    entries = model_index(results)
+    assert [entry.metric_name for entry in entries][:2] == [
+        "accuracy (linear probe)",
+        "balanced accuracy (linear probe)",
+    ]
+    scores = results["tasks"]["digits"]["results"]["pruned 60 %"]["linear"]["scores"]
+    assert entries[0].metric_value == round(scores["accuracy"]["value"], 4)
+    assert {(entry.dataset_type, entry.dataset_split) for entry in entries} == {("px_hf/digits", "test")}
+    # the weights are those of the file, under its masks
+    assert results["subjects"][1]["masks_sha256"] == px.Masks.from_pretrained(folder / "pruned").fingerprint()
+
+
+def test_without_its_parent_a_pruned_model_stands_alone(folder: Path) -> None:
+    assert evaluate_downstream.main(settings(folder, "alone", "--methods", "knn", model="pruned")) == 0
+    results = json.loads((folder / "alone/downstream.json").read_text())
+    assert [subject["name"] for subject in results["subjects"]] == ["pruned 60 %"]
+    assert "No dense parent to compare with: 'tiny' is not here" in results["notes"][0]
+
+
+def test_several_sparsities_have_no_model_to_put_on_a_card(finished: tuple[Path, dict[str, Any]]) -> None:
+    assert model_index(finished[1]) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"tasks": {"a": {}}}', '{"subjects": 3}'])
+def test_a_damaged_report_is_an_error(tmp_path: Path, content: str) -> None:
+    assert read_results(tmp_path) is None
+    (tmp_path / "downstream.json").write_text(content)
+    with pytest.raises(px.CheckpointError, match=r"downstream.json is damaged"):
+        read_results(tmp_path)
+
+
+def test_names_and_errors_of_others_are_no_markup(finished: tuple[Path, dict[str, Any]]) -> None:
+    results = {**finished[1], "tasks": {"bad": {"error": "x\n# <img src=a>|", "results": {}}}}
+    assert "- **bad**: x # &lt;img src=a>\\|" in markdown(results)
+
+
+def test_the_control_keeps_the_densities_of_the_layers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = px.Masks(
+        {f"w{i}": torch.rand(7, 30, generator=generator) < share for i, share in enumerate((0.1, 0.5, 1))}
+    )
+    control = shuffled(masks, seed=1)
+    assert [int(mask.sum()) for mask in control.values()] == [int(mask.sum()) for mask in masks.values()]
+    assert control == shuffled(masks, seed=1)
+    assert control != shuffled(masks, seed=2)
+    assert control != masks
+    overlap = (control["w1"] & masks["w1"]).double().mean()
+    assert 0.1 < overlap < 0.4  # 0.25 by chance
+
+
+BAD_ARGUMENTS = [
+    (["--tasks", "digits", "digits"], "Two tasks are called digits"),
+    (["--tasks", "no/such.yaml"], "Cannot read the task file no/such.yaml"),
+    (["--sparsity", "0.5"], "--sparsity needs --prune_on"),
+    (["--sparsity", "1.5", "--prune_on", "digits"], r"must be in \[0, 1\)"),
+    (["--add_to_model", "--model_name_or_path", "some/model"], "the model is none"),
+    (["--taks", "digits"], "Did you mean --tasks"),
+    (["--dense_model_name_or_path", "x"], "it has no parent"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_ARGUMENTS, ids=[" ".join(row[0]) for row in BAD_ARGUMENTS])
+def test_bad_arguments(folder: Path, more: list[str], message: str) -> None:
+    with pytest.raises(px.InvalidArgumentError, match=message):
+        evaluate_downstream.main([*settings(folder, "bad"), *more])
+    assert not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a", "no mapping"),
+        ("image_column_name: x", "names no data"),
+        ("train_fil: x", "train_fil"),
+        ("{", "Cannot read"),
+    ],
+)
+def test_a_bad_task_file_is_an_error(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "task.yaml").write_text(content)
+    with pytest.raises(px.InvalidArgumentError, match=message):
+        find_tasks([str(tmp_path / "task.yaml")])
+
+
+@pytest.mark.parametrize("name", ["greek", "letters"])
+def test_rendered_tasks_have_every_class_in_every_split_and_no_image_twice(name: str) -> None:
+    data = demo_data.EMBEDDED[name]()
+    classes = data["train"].features["label"].num_classes
+    seen: set[bytes] = set()
+    for split in data.values():
+        assert set(split["label"]) == set(range(classes))
+        seen |= {image.tobytes() for image in split["image"]}
+    assert len(seen) == sum(len(split) for split in data.values())
