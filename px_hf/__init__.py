@@ -17,7 +17,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .criteria import CRITERIA, PX, Criterion, Magnitude, Random
+from .criteria import (
+    CRITERIA,
+    LAMP,
+    NTKSAP,
+    PX,
+    SNIP,
+    Criterion,
+    GemMiner,
+    GraSP,
+    Magnitude,
+    NTKTrace,
+    Random,
+    SynFlow,
+    SynFlowL2,
+    Wanda,
+)
 from .errors import (
     CheckpointError,
     DataError,
@@ -66,23 +81,32 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CRITERIA",
+    "LAMP",
+    "NTKSAP",
     "PX",
+    "SNIP",
     "CheckpointError",
     "Criterion",
     "DataError",
+    "GemMiner",
+    "GraSP",
     "HubError",
     "InvalidArgumentError",
     "KeepMasks",
     "LaunchError",
     "Magnitude",
     "Masks",
+    "NTKTrace",
     "NonFiniteError",
     "OutputExistsError",
     "PxError",
     "Random",
     "Report",
+    "SynFlow",
+    "SynFlowL2",
     "TargetError",
     "UnsupportedOpError",
+    "Wanda",
     "__version__",
     "add_rule",
     "from_pretrained",

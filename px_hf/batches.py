@@ -134,10 +134,10 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
-    """The labels of the batch, int64 [N], for a criterion that cannot do without.
+    """The labels of the batch, int64 [N] for logits [N, K], for a criterion that cannot do without.
 
     Raises:
-        DataError: there are none, they are not one whole number for each image, or one is no class of ``logits``.
+        DataError: there are none, they are not whole numbers, one for each image, or one is no class of ``logits``.
     """
     labels, classes = inputs.labels, logits.shape[1]
     if labels is None:
@@ -145,10 +145,10 @@ def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
             f"batch {batch} has no labels, which this criterion needs; expected a pair (images, labels) or a mapping "
             "with 'pixel_values' and 'labels', both tensors."
         )
-    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+    if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point() or labels.is_complex():
         raise DataError(
-            f"the labels of batch {batch} are {labels.dtype} of shape {tuple(labels.shape)}; expected one class "
-            f"index for each of its {len(logits)} images."
+            f"the labels of batch {batch} are {labels.dtype} of shape {tuple(labels.shape)}; expected class "
+            f"indices of shape {tuple(logits.shape[:1] + logits.shape[2:])}."
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:

@@ -1,31 +1,53 @@
-"""Random: the control that every criterion must beat."""
+"""Random: the control that every criterion must beat.
+
+With ``densities="erk"`` the layers get the densities of Erdős-Rényi-Kernel (Evci et al., RigL, ICML 2020, arXiv
+1911.11134; Mocanu et al., 2018), those of a layer of shape [o, i, h, w]:
+
+    min(1, ε · (o + i + h + w) / (o · i · h · w)),    ε such that the total is as asked for.
+
+A score (o + i + h + w)/(o · i · h · w) / u, with u uniform on {1/n, ..., 1}, passes 1/ε exactly if u is below that
+density: with scope ``"global"`` this is ERK for any sparsity, exact to one weight in each layer. Uniform densities
+are ``Random()`` with scope ``"layer"``."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..batches import Batches
+from ..errors import InvalidArgumentError
 from ..targets import prunable
 from .base import Criterion, masked
 
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """``S(θ)`` uniform in (0, 1), independent of weights and data.
+    """``S(θ)`` random, independent of weights and data.
+
+    Args:
+        seed: of the random numbers.
+        densities: ``"equal"``, scores uniform in (0, 1), or ``"erk"``, which prunes small layers less.
 
     The scores of a parameter depend on ``seed``, its name and its shape alone: the same on every
     process, device and run.
+
+    Raises:
+        InvalidArgumentError: unknown ``densities``.
     """
 
     seed: int = 0
+    densities: Literal["equal", "erk"] = "equal"
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.densities not in ("equal", "erk"):
+            raise InvalidArgumentError(f"Random(densities={self.densities!r}): expected 'equal' or 'erk'.")
 
     def score(
         self,
@@ -39,6 +61,10 @@ class Random(Criterion):
         scores = {}
         for name, p in prunable(model, prune_head).items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{name}".encode()))
-            uniform = torch.rand(p.shape, generator=generator).clamp(min=2**-24).to(p.device)
-            scores[name] = masked(uniform, masks.get(name))
+            if self.densities == "erk":
+                places = torch.randperm(p.numel(), generator=generator).view(p.shape).double()
+                random = sum(p.shape) / (places + 1)  # (Σ shape / n) / (place / n)
+            else:
+                random = torch.rand(p.shape, generator=generator).clamp(min=2**-24)
+            scores[name] = masked(random.to(p.device), masks.get(name))
         return scores

@@ -1,0 +1,53 @@
+"""LAMP, layer-adaptive magnitude (Lee, Park, Mo, Ahn, Shin, ICLR 2021, arXiv 2010.07611).
+
+    S(u; W) = W[u]² / Σ_{v ≥ u} W[v]²,   weights of one tensor W in ascending order
+
+Magnitude within a layer, but comparable between layers: the share of a weight in what would be left of
+its layer if all smaller ones were gone. Every layer's largest weight scores 1, so none is emptied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batches
+from ..targets import prunable
+from .base import Criterion, masked
+
+
+@dataclass(frozen=True)
+class LAMP(Criterion):
+    """``S(u) = W[u]² / Σ_{v ≥ u} W[v]²`` in each tensor; scores in [0, 1], float64. Needs no data.
+
+    Of equal weights the earlier one counts as the larger, so that `px_hf.select` breaks ties as ever.
+    """
+
+    iterative: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def score(
+        self,
+        model: nn.Module,
+        batches: Batches = (),
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        prune_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """See `Criterion.score`."""
+        masks = masks or {}
+        return {name: _lamp(masked(p, masks.get(name))) for name, p in prunable(model, prune_head).items()}
+
+
+def _lamp(weight: Tensor) -> Tensor:
+    largest = weight.abs().max().double()
+    square = (weight.double() / torch.where(largest > 0, largest, 1.0)).square().flatten()
+    descending = square.argsort(descending=True, stable=True)
+    sums = square[descending].cumsum(0)
+    scores = torch.empty_like(square)
+    scores[descending] = square[descending] / torch.where(sums > 0, sums, 1.0)
+    return scores.view(weight.shape)

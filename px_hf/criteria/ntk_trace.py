@@ -1,0 +1,109 @@
+"""NTK-trace: each weight's own share of the trace of the neural tangent kernel.
+
+    S(θ) = θ² Σ_n Σ_k (∂f_k(x_n)/∂θ)²
+
+The sum over n and k alone is the weight's diagonal entry of Tr Θ = Σ_n Σ_k ‖∂f_k(x_n)/∂θ‖² (Jacot et al.,
+NeurIPS 2018, arXiv 1806.07572); times θ² it is, to second order, how far the outputs move when the weight is
+taken away: Optimal Brain Damage (LeCun, Denker, Solla, 1990) with the Gauss-Newton curvature of a squared
+loss. PX bounds this trace through paths (Eq. 6).
+
+Per-example gradients of all K outputs cost K backward passes per image. With ``probes=P`` the sum over
+k is replaced by an unbiased estimate from P random sign vectors,
+
+    Σ_k (∂f_k/∂θ)² = E_v (∂(vᵀf)/∂θ)²,    v ∈ {−1, +1}^K                                (Hutchinson, 1990)
+
+which costs P: with 100 classes and hundreds of images, what one probe per image gives ranks weights much as
+the exact sum does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from ..batches import Batches, Inputs
+from ..errors import InvalidArgumentError
+from .base import Criterion
+from .masked_network import MaskedNetwork, Tensors, finite_logits
+
+_GRADIENTS_AT_A_TIME = 2**26
+"""Numbers in the per-example gradients that are held at once (256 MB in float32), or those of one example."""
+
+
+@dataclass(frozen=True)
+class NTKTrace(Criterion):
+    """``S(θ) = θ² Σ_n Σ_k (∂f_k(x_n)/∂θ)²``; the batches need no labels.
+
+    Args:
+        probes: None for the exact sum over all K outputs, or P ≥ 1 random sign vectors per image.
+        seed: of the sign vectors.
+
+    Cost: K (or P) forward and backward passes per image and round.
+
+    Raises:
+        InvalidArgumentError: ``probes`` is not None and not a whole number ≥ 1.
+    """
+
+    probes: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.probes is not None and (
+            isinstance(self.probes, bool) or not isinstance(self.probes, int) or self.probes < 1
+        ):
+            raise InvalidArgumentError(f"NTKTrace(probes={self.probes!r}): expected None or a whole number ≥ 1.")
+
+    def score(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        prune_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """See `Criterion.score`."""
+        network = MaskedNetwork(model, masks, prune_head)
+        size = max(1, _GRADIENTS_AT_A_TIME // sum(w.numel() for w in network.weights.values()))
+
+        def squares(inputs: Inputs, batch: int, part: int) -> Tensors:
+            leaves = network.leaves()
+            logits = finite_logits(network, inputs, leaves, batch)
+            used = network.gradients(logits.sum(), leaves).keys()
+            weights = {name: network.weights[name] for name in used}
+            rest = {name: w for name, w in network.weights.items() if name not in used}
+
+            def output(weights: Tensors, image: Tensor, others: Tensors, direction: Tensor) -> Tensor:
+                one = Inputs(image[None], {name: other[None] for name, other in others.items()})
+                return network.logits(one, {**rest, **weights}).flatten() @ direction
+
+            images, others = inputs.images, dict(inputs.others)
+            directions = self._directions(logits, f"{self.seed}:{batch}:{part}")
+            rows = torch.arange(len(images)).repeat_interleave(directions.shape[1]).to(images.device)
+            directions = directions.flatten(0, 1)
+            total = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
+            for some, v in zip(rows.split(size), directions.split(size), strict=True):
+                found = vmap(grad(output), in_dims=(None, 0, 0, 0))(
+                    weights, images[some], {name: other[some] for name, other in others.items()}, v
+                )
+                for name, gradient in found.items():
+                    total[name] += gradient.square().sum(0)
+            # One float32 number for each batch, as any other term: sums of these are exact.
+            return {name: t.to(network.dtype) for name, t in total.items()}
+
+        with network.scoring():
+            total = network.total(batches, squares)
+        return network.scores({name: network.weights[name].double().square() * t for name, t in total.items()})
+
+    def _directions(self, logits: Tensor, key: str) -> Tensor:
+        """Vectors v of shape [N, K or P, K], K the number of outputs of an image."""
+        n, k = logits.flatten(1).shape
+        if self.probes is None:
+            return torch.eye(k).to(logits).expand(n, k, k)
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        signs = torch.randint(0, 2, (n, self.probes, k), generator=generator) * 2 - 1
+        return signs.to(logits) / self.probes**0.5
