@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 import px_hf as px
 from px_hf.data import DataSource
@@ -52,6 +54,15 @@ class ModelArguments:
         """The id of a Hub model; of a local folder only its own name."""
         path = Path(self.model_name_or_path)
         return path.name if path.is_dir() else self.model_name_or_path
+
+    def commit(self) -> str | None:
+        """The commit of the Hub that the loaded model is of; None for a local folder."""
+        if Path(self.model_name_or_path).is_dir():
+            return None
+        cached = try_to_load_from_cache(
+            self.model_name_or_path, CONFIG_NAME, cache_dir=self.cache_dir, revision=self.model_revision
+        )
+        return Path(cached).parent.name if isinstance(cached, str) else None
 
     def hub(self) -> dict[str, Any]:
         """What every `from_pretrained` of the backbone takes."""
@@ -108,6 +119,10 @@ class DataArguments:
         path = Path(self.dataset_name or self.train_dir or self.train_file or "digits")
         return path.absolute().parent.name if path.stem == "train" else path.stem
 
+    def hub_id(self) -> str | None:
+        """The id of a dataset of the Hub; None for local data."""
+        return None if self.dataset_name is None or Path(self.dataset_name).exists() else self.dataset_name
+
 
 @dataclass
 class ScoringArguments:
@@ -151,11 +166,26 @@ class PruneArguments(ScoringArguments):
     """The sparse subnetwork."""
 
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
+    keep_masks: bool = field(
+        default=False,
+        metadata={"help": "The backbone is sparse, by px_hf: prune nothing more, and keep exactly its masks."},
+    )
     dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
     compare_dense: bool = field(
         default=False,
         metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
     )
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that the masks depend on, as JSON can say them."""
+        return {
+            "criterion": "none (dense)" if self.dense else repr(self.criterion_object()),
+            "sparsity_asked": self.sparsity,
+            "rounds": self.rounds,
+            "scope": self.scope,
+            "min_layer_density": self.min_layer_density,
+            "prune_head": self.prune_head,
+        }
 
 
 @dataclass
@@ -180,6 +210,13 @@ class FineTuneArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep at most so many checkpoints."})
     logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1 a share of all steps."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Push the finished model to the Hub, as --hub_model_id (default: the name of output_dir), in one "
+            "commit with its masks and a model card. See also --hub_private_repo, --hub_token, --hub_revision."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,15 +233,23 @@ def parse(argv: Sequence[str]) -> Arguments:
         argv,
         (ModelArguments, DataArguments, PruneArguments, FineTuneArguments),
         "accelerate launch recipes/prune_finetune.py [--config file.yaml] [--name value ...]",
-        lambda named: {} if any(getattr(named, f.name) for f in fields(DataSource)) else EXAMPLE,
+        lambda named: (
+            {}
+            if any(getattr(named, f.name) for f in fields(DataSource))
+            else {**EXAMPLE, "compare_dense": not named.keep_masks}
+        ),
     )
+    if prune.keep_masks and (prune.dense or prune.compare_dense):
+        other = "--dense" if prune.dense else "--compare_dense"
+        raise px.InvalidArgumentError(
+            f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
+        )
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
         prune.min_layer_density = 0.0
     prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
-    if training.push_to_hub:
-        raise px.InvalidArgumentError("This recipe does not push: upload the finished folder with `hf upload`.")
     mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
+    mask = "kept" if prune.keep_masks else mask
     names = {"model": Path(model.model_name_or_path).name, "data": data.short_name(), "mask": mask}
     for name, value in names.items():
         training.output_dir = training.output_dir.replace(f"{{{name}}}", value)

@@ -12,6 +12,9 @@ about 50 seconds on one CPU core, and no network. Expected on the 360 test image
     accelerate launch recipes/prune_finetune.py --model_name_or_path timm/resnet50.a1_in1k \\
         --train_dir photos/train --validation_dir photos/validation --compare_dense
     accelerate launch recipes/prune_finetune.py --resume_from_checkpoint true      # an interrupted run
+    accelerate launch recipes/prune_finetune.py --push_to_hub --hub_model_id me/digits-px90    # and publish it
+    accelerate launch recipes/prune_finetune.py --model_name_or_path me/digits-px90 --keep_masks \\
+        --train_dir photos/train                           # the same sparse network, with its masks, on another task
     accelerate launch recipes/prune_finetune.py --dense                            # the unpruned ceiling alone
 
 Two processes on a machine without a GPU (`accelerate launch --cpu` would silently start one):
@@ -29,6 +32,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from arguments import DataArguments, FineTuneArguments, ModelArguments, parse
@@ -36,14 +40,22 @@ from backbone import load_model, load_processor
 from demo_data import digits
 from fine_tuning import make_trainer
 from output_folder import RUN_FILE, begin, check_same_run, claim, find_checkpoint, write_json
+from sparse_backbone import is_sparse, kept_masks
 from summary import Phases
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, Trainer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.trainer_utils import SaveStrategy
 
 import px_hf as px
 from px_hf.data import Augment, Preprocess, Split, calibration_set, classification_task, read_dataset
 from px_hf.distributed import processes
 from px_hf.plots import plot_layer_sparsity, plot_training
+from px_hf.push import claim_repo
 from px_hf.select import check_sparsity
 
 
@@ -55,6 +67,10 @@ def main(argv: list[str]) -> None:
     phases = Phases(quiet=not main_process)
     checkpoint = find_checkpoint(out, training.resume_from_checkpoint)
     claim(out, training.overwrite_output_dir, checkpoint)
+    push, training.push_to_hub = training.push_to_hub, False  # else Trainer pushes too, at every checkpoint
+    repo_id = training.hub_model_id or out.name
+    if push and main_process:  # a token that may not is better known now than after the training
+        repo_id = claim_repo(repo_id, private=training.hub_private_repo, token=training.hub_token)
 
     if not data_args.source():
         torch.set_num_threads(1)  # more cost more than they give for images this small, and round differently
@@ -62,6 +78,25 @@ def main(argv: list[str]) -> None:
         processor = load_processor(model_args)
         pixels = Preprocess(processor)
         labels, splits = load_data(model_args, data_args, training)
+        augment = Augment(pixels, data_args.random_crop, data_args.horizontal_flip)
+        data = {name: split.with_pixels(augment if name == "train" else pixels) for name, split in splits.items()}
+        model = load_model(model_args, labels, training)
+        phases.say(f"{model_args.model_name_or_path}: {model.num_parameters():,} parameters")
+        phases.say(f"{', '.join(f'{len(data[name]):,} {name} images' for name in data)}, {len(labels)} classes")
+
+    provenance = {
+        "base_model": model_args.short_name(),
+        "base_revision": model_args.commit(),
+        "dataset": data_args.short_name(),
+        "dataset_id": data_args.hub_id(),
+        "seed": training.seed,
+    }
+    if prune_args.keep_masks:
+        masks, how = kept_masks(model_args, model)
+        batches = None
+    else:
+        if is_sparse(model):
+            phases.say("The backbone is sparse already. It is pruned anew; --keep_masks would keep its masks.")
         batches = calibration_set(
             splits["train"],
             labels,
@@ -70,25 +105,8 @@ def main(argv: list[str]) -> None:
             seed=training.seed,
             batch_size=prune_args.scoring_batch_size,
         )
-        augment = Augment(pixels, data_args.random_crop, data_args.horizontal_flip)
-        data = {name: split.with_pixels(augment if name == "train" else pixels) for name, split in splits.items()}
-        model = load_model(model_args, labels, training)
-        phases.say(f"{model_args.model_name_or_path}: {model.num_parameters():,} parameters")
-        phases.say(f"{', '.join(f'{len(data[name]):,} {name} images' for name in data)}, {len(labels)} classes")
-
-    provenance = {
-        "criterion": "none (dense)" if prune_args.dense else repr(criterion),
-        "sparsity_asked": prune_args.sparsity,
-        "rounds": prune_args.rounds,
-        "scope": prune_args.scope,
-        "min_layer_density": prune_args.min_layer_density,
-        "prune_head": prune_args.prune_head,
-        "calibration": batches.describe(),
-        "base_model": model_args.short_name(),
-        "base_revision": getattr(model.config, "_commit_hash", None) or model_args.model_revision,
-        "dataset": data_args.short_name(),
-        "seed": training.seed,
-    }
+        how = prune_args.describe() | {"calibration": batches.describe()}
+    provenance |= how
     with phases("Prune"):
         if checkpoint:
             done = check_same_run(checkpoint, provenance)
@@ -96,17 +114,18 @@ def main(argv: list[str]) -> None:
             phases.say(f"the masks of {checkpoint}")
         else:
             done = {"provenance": provenance}
-            masks = px.prune(
-                model,
-                batches,
-                criterion,
-                sparsity=prune_args.sparsity,
-                rounds=prune_args.rounds,
-                scope=prune_args.scope,
-                prune_head=prune_args.prune_head,
-                min_layer_density=prune_args.min_layer_density,
-                progress=not training.disable_tqdm,
-            )
+            if batches is not None:
+                masks = px.prune(
+                    model,
+                    batches,
+                    criterion,
+                    sparsity=prune_args.sparsity,
+                    rounds=prune_args.rounds,
+                    scope=prune_args.scope,
+                    prune_head=prune_args.prune_head,
+                    min_layer_density=prune_args.min_layer_density,
+                    progress=not training.disable_tqdm,
+                )
             if main_process:
                 begin(out, done)
         phases.say(f"{masks.kept:,} of {masks.total:,} weights kept")
@@ -147,15 +166,23 @@ def main(argv: list[str]) -> None:
         title=f"{model_args.short_name()} on {data_args.short_name()}: {masks.kept:,} of {masks.total:,} weights",
         dense_accuracy=dense.get("eval_accuracy"),
     )
-    results |= {f"dense_{name}": value for name, value in dense.items()}
-    results |= provenance | px.report(model, masks, next(iter(batches))).to_dict()
-    results |= {
+    metrics = results | {f"dense_{name}": value for name, value in dense.items()}
+    report = px.report(model, masks, data["validation"][0]["pixel_values"][None])
+    saved = {
         "masks_sha256": masks.fingerprint(),
-        "file_bytes": {file.name: file.stat().st_size for file in sorted(out.glob("*.safetensors"))},
+        "file_bytes": {
+            file.relative_to(out).as_posix(): file.stat().st_size
+            for pattern in ("*.safetensors", "sparse/*.safetensors")
+            for file in sorted(out.glob(pattern))
+        },
         "seconds": phases.seconds,
     }
+    results = metrics | provenance | report.to_dict() | saved
     write_json(out / "all_results.json", results)
     phases.close(out, results)
+    if push:
+        with phases("Push"):
+            phases.say(push_finished(model, masks, repo_id, training, processor, provenance, metrics, report))
 
 
 def load_data(
@@ -214,6 +241,38 @@ def check_saved(out: Path, model: PreTrainedModel, masks: px.Masks, split: Split
         if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
             raise px.CheckpointError(f"The model loaded from {out} gives other logits, by up to {difference}.")
     return difference
+
+
+def push_finished(
+    model: PreTrainedModel,
+    masks: px.Masks,
+    repo_id: str,
+    training: FineTuneArguments,
+    processor: BaseImageProcessor,
+    provenance: dict[str, Any],
+    metrics: dict[str, float],
+    report: px.Report,
+) -> str:
+    """Push to the Hub, and the address of the commit. **Raises** `HubError` with the way to push without training."""
+    try:
+        commit = px.push_to_hub(
+            model,
+            masks,
+            repo_id,
+            image_processor=processor,
+            provenance=provenance,
+            results=metrics,
+            model_report=report,
+            private=training.hub_private_repo,
+            token=training.hub_token,
+            revision=training.hub_revision,
+        )
+    except px.HubError as error:
+        raise px.HubError(
+            f"{error} The finished model is in {training.output_dir}. To push it without training again, run the same "
+            "command with --resume_from_checkpoint true --overwrite_output_dir."
+        ) from error
+    return str(commit.commit_url)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ served from another port, as from the Hub's storage, which refuses requests that
 
 Clients find it by the environment variable HF_ENDPOINT, which huggingface_hub reads when it is imported. Set
 HF_HUB_DISABLE_XET=1 too: this server speaks git-lfs, which the Hub does beside its newer Xet protocol.
-`hub.environment(...)` has both for a process of its own; the fixture `hub` of `conftest.py` sets them in this one.
+`hub.environment(...)` has both for a process of its own; `hub.use_here(...)` makes this one a client.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,6 +90,29 @@ class HubServer:
         """Environment variables for a process that uses this Hub and keeps its downloads in `home`."""
         found = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         return found | {"NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": token or ""}
+
+    def use_here(self, monkeypatch: Any, home: Path, token: str = "hf_alice") -> None:
+        """Make this process a client, as if HF_ENDPOINT had been set before; its waits for a retry are cut short."""
+        import huggingface_hub
+        import transformers.utils.hub
+        from huggingface_hub import constants
+
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        sleep = time.sleep
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+        huggingface_hub.close_session()
 
     def fail(self, method: str, path: str, *, times: int = 1, skip: int = 0, **what: Any) -> Fault:
         """Breaks the next `times` matching requests (`path`: a regular expression), after `skip` that are served.

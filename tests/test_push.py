@@ -21,6 +21,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTIm
 
 import px_hf as px
 from px_hf import push
+from px_hf.distributed import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
 REPO = "alice/model"
@@ -242,6 +243,12 @@ def test_a_refused_push_says_why_and_changes_nothing(
         assert all(dict(hub.repos[name].branches) == branches for name, branches in before.items())
         assert all(len(repo.history()) == 1 for repo in hub.repos.values())
     assert not list(tmp_path.glob("px_hf-*"))
+
+
+def test_only_the_main_process_pushes(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "processes", lambda: Processes(rank=1, world_size=2))
+    assert push_to_hub(*pruned()) is None
+    assert not hub.requests
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "-x", "a b", "../x", "x" * 97])

@@ -249,7 +249,6 @@ BAD_ARGUMENTS = [
     (["--sparcity", "0.5"], px.InvalidArgumentError, "Unknown arguments: --sparcity 0.5. Did you mean --sparsity"),
     (["--criterion", "magnitude", "--power", "0.5"], px.InvalidArgumentError, "--power is for the px criteria"),
     (["--power", "-1"], px.InvalidArgumentError, "power=-1"),
-    (["--push_to_hub"], px.InvalidArgumentError, "does not push"),
     (["--config", "no/such.yaml"], px.InvalidArgumentError, "Cannot read --config no/such.yaml"),
     (["--model_name_or_path", "./no/such"], px.CheckpointError, "Cannot load the image processor of ./no/such"),
     (["--train_dir", "no/such"], px.DataError, "No such file or folder: no/such"),

@@ -1,0 +1,41 @@
+"""A backbone that px_hf pruned before: its masks, and how they were found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from arguments import ModelArguments
+from transformers import PreTrainedModel
+
+import px_hf as px
+
+HOW = ("criterion", "rounds", "scope", "min_layer_density", "prune_head", "calibration")
+"""What is still true of masks that are kept on another task."""
+
+
+def is_sparse(model: PreTrainedModel) -> bool:
+    """Whether the configuration says that px_hf pruned the model."""
+    told = getattr(model.config, "px", None) or {}
+    return told.get("weights_kept", 0) < told.get("weights", 0)
+
+
+def kept_masks(model_args: ModelArguments, model: PreTrainedModel) -> tuple[px.Masks, dict[str, Any]]:
+    """The masks of the backbone, and their provenance.
+
+    **Raises** `CheckpointError` if it has none, or they are not those of its weights; `TargetError` if they prune a
+    head of another size than the task's.
+    """
+    name = model_args.model_name_or_path
+    hub = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
+    try:
+        masks = px.Masks.from_pretrained(name, **hub)
+    except px.CheckpointError as error:
+        raise px.CheckpointError(f"--keep_masks needs a backbone that px_hf has pruned. {error}") from error
+    if revived := masks.revived(model):
+        raise px.CheckpointError(
+            f"{sum(revived.values())} weights of {name} that its masks prune are not zero, for example in "
+            f"{next(iter(revived))!r}: the masks are not those of this model."
+        )
+    told = getattr(model.config, "px", None) or {}
+    how = {key: told[key] for key in HOW if key in told}
+    return masks, {**how, "masks_from": model_args.short_name(), "sparsity_asked": masks.sparsity}
