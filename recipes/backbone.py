@@ -31,6 +31,8 @@ def load_model(model_args: ModelArguments, labels: list[str], training: FineTune
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
     config.id2label = dict(enumerate(labels))  # also sets num_labels
     config.label2id = {name: k for k, name in enumerate(labels)}
+    if hasattr(config, "label_names"):
+        config.label_names = list(labels)  # timm's, which TimmWrapper would save instead
     if getattr(config, "model_args", None):
         config.model_args.pop("num_classes", None)  # written by timm's push_to_hub, and refused by TimmWrapper
     model = AutoModelForImageClassification.from_pretrained(
