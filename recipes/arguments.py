@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 import px_hf as px
+from px_hf.controls import CONTROLS
 from px_hf.data import DataSource
 
 EXAMPLE_MODEL = str(Path(__file__).parent / "demo" / "resnet")
@@ -170,6 +171,14 @@ class PruneArguments(ScoringArguments):
         default=False,
         metadata={"help": "The backbone is sparse, by px_hf: prune nothing more, and keep exactly its masks."},
     )
+    control: str = field(
+        default="none",
+        metadata={
+            "help": "Instead of the found mask: the same in random order within each layer (a random mask of the "
+            "found layer densities), the same with units permuted, or the same on weights drawn anew.",
+            "choices": list(CONTROLS),
+        },
+    )
     dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
     compare_dense: bool = field(
         default=False,
@@ -185,6 +194,7 @@ class PruneArguments(ScoringArguments):
             "scope": self.scope,
             "min_layer_density": self.min_layer_density,
             "prune_head": self.prune_head,
+            "control": self.control,
         }
 
 
@@ -246,9 +256,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         )
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
-        prune.min_layer_density = 0.0
+        prune.min_layer_density, prune.control = 0.0, "none"
     prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
     mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
+    mask += "" if prune.control == "none" else f"-{prune.control}"
     mask = "kept" if prune.keep_masks else mask
     names = {"model": Path(model.model_name_or_path).name, "data": data.short_name(), "mask": mask}
     for name, value in names.items():

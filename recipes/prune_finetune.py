@@ -52,6 +52,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 import px_hf as px
+from px_hf.controls import apply_control_
 from px_hf.data import Augment, Preprocess, Split, calibration_set, classification_task, read_dataset
 from px_hf.distributed import processes
 from px_hf.plots import plot_layer_sparsity, plot_training
@@ -126,6 +127,7 @@ def main(argv: list[str]) -> None:
                     min_layer_density=prune_args.min_layer_density,
                     progress=not training.disable_tqdm,
                 )
+                masks = apply_control_(prune_args.control, model, masks, training.seed)
             if main_process:
                 begin(out, done)
         phases.say(f"{masks.kept:,} of {masks.total:,} weights kept")
