@@ -25,14 +25,15 @@ def load_processor(model_args: ModelArguments) -> BaseImageProcessor:
         raise px.CheckpointError(f"Cannot load the image processor of {name}: {error}") from error
 
 
-def load_model(model_args: ModelArguments, labels: list[str], training: FineTuneArguments) -> PreTrainedModel:
-    """The backbone with a head for `labels`; the same weights, also those drawn at random, on every call."""
+def load_model(model_args: ModelArguments, labels: list[str] | None, training: FineTuneArguments) -> PreTrainedModel:
+    """The backbone with a head for `labels` (None: its own); the same weights, also random ones, on every call."""
     set_seed(training.seed)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
-    config.id2label = dict(enumerate(labels))  # also sets num_labels
-    config.label2id = {name: k for k, name in enumerate(labels)}
-    if hasattr(config, "label_names"):
-        config.label_names = list(labels)  # timm's, which TimmWrapper would save instead
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))  # also sets num_labels
+        config.label2id = {name: k for k, name in enumerate(labels)}
+        if hasattr(config, "label_names"):
+            config.label_names = list(labels)  # timm's, which TimmWrapper would save instead
     if getattr(config, "model_args", None):
         config.model_args.pop("num_classes", None)  # written by timm's push_to_hub, and refused by TimmWrapper
     model = AutoModelForImageClassification.from_pretrained(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 import px_hf as px
-from px_hf.data import CalibrationSet
 from px_hf.evaluation.control import shuffled
 from px_hf.targets import head_modules
 
@@ -104,25 +103,29 @@ def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[li
     return [dense, model], notes
 
 
-def pruned_here(
-    dense: Subject, args: ScoringArguments, training: FineTuneArguments, labels: list[str], batches: CalibrationSet
-) -> list[Subject]:
-    """`dense` pruned to each of `args.sparsity`, without training."""
-    model = load_model(dense.model, labels, training)
-    found = []
-    for sparsity in args.sparsity:  # type: ignore[attr-defined]
-        masks = px.prune(
-            model,
-            batches,
-            args.criterion_object(),
-            sparsity=sparsity,
-            rounds=args.rounds,
-            scope=args.scope,
-            min_layer_density=args.min_layer_density,
-            progress=not training.disable_tqdm,
-        )
-        found.append(Subject(f"pruned {_percent(masks)}", "pruned", dense.model, masks))
-    return found
+def prune(
+    dense: Subject,
+    args: ScoringArguments,
+    sparsity: float,
+    training: FineTuneArguments,
+    labels: list[str] | None,
+    batches: Iterable[Any],
+    name: str = "pruned {}",
+) -> Subject:
+    """`dense` pruned, without training, on `batches`, with a head for `labels` (None: its own)."""
+    with _quiet_loading():
+        model = load_model(dense.model, labels, training)
+    masks = px.prune(
+        model,
+        batches,
+        args.criterion_object(),
+        sparsity=sparsity,
+        rounds=args.rounds,
+        scope=args.scope,
+        min_layer_density=args.min_layer_density,
+        progress=not training.disable_tqdm,
+    )
+    return Subject(name.format(_percent(masks)), "pruned", dense.model, masks)
 
 
 def _percent(masks: px.Masks) -> str:

@@ -47,9 +47,17 @@ class Task:
         return ClassificationTask(task.labels, train, *held_out)
 
 
-def find_tasks(words: Sequence[str]) -> list[Task]:
-    """The tasks that the words name. **Raises** `InvalidArgumentError` for none, the same name twice, a bad file."""
+def find_tasks(
+    words: Sequence[str], max_train_samples: int | None = None, max_eval_samples: int | None = None
+) -> list[Task]:
+    """The tasks that the words name, on at most so many examples.
+
+    **Raises** `InvalidArgumentError` for none, the same name twice, a bad file.
+    """
     tasks = [_task(word) for word in words]
+    for task in tasks:
+        task.data.max_train_samples = max_train_samples or task.data.max_train_samples
+        task.data.max_eval_samples = max_eval_samples or task.data.max_eval_samples
     names = [task.name for task in tasks]
     if not names:
         raise px.InvalidArgumentError(f"Name at least one task: {', '.join(EMBEDDED)}, a dataset, a YAML file.")

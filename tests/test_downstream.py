@@ -29,6 +29,8 @@ sys.path.insert(0, str(RECIPES))
 
 import demo_data  # noqa: E402
 import evaluate_downstream  # noqa: E402
+import evaluation  # noqa: E402
+import transfer  # noqa: E402
 from tasks import find_tasks  # noqa: E402
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -171,7 +173,7 @@ def test_a_finished_run_is_not_computed_again(
     before = (folder / "finished/downstream.json").read_bytes()
     with monkeypatch.context() as patched:
         for name in ("probe", "finetune", "head_inputs"):
-            patched.setattr(evaluate_downstream, name, never)
+            patched.setattr(evaluation, name, never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
         assert (folder / "finished/downstream.json").read_bytes() == before
 
@@ -181,7 +183,7 @@ def test_a_finished_run_is_not_computed_again(
         del record["results"]["random 80 %"]["linear"]
         file.write_text(json.dumps(record))
         patched.undo()
-        patched.setattr(evaluate_downstream, "head_inputs", never)
+        patched.setattr(evaluation, "head_inputs", never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
     again = json.loads((folder / "finished/downstream.json").read_text())
     for results in (again, finished[1]):
@@ -200,13 +202,15 @@ def test_two_processes_give_the_results_of_one(folder: Path, finished: tuple[Pat
     """Probes exactly; fine-tuning counts every one of the 61 test images once."""
     clean = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
     env = clean | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    argv = settings(folder, "two", "--per_device_train_batch_size", "4", *PRUNED_HERE)
+    argv = settings(folder, "two", "--per_device_train_batch_size", "4", *PRUNED_HERE[:1], *PRUNED_HERE[2:])
     command = [*TWO, str(RECIPES / "evaluate_downstream.py"), *argv]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads((folder / "two/downstream.json").read_text())["tasks"]["digits"]["results"]
     one = finished[1]["tasks"]["digits"]["results"]
-    for subject, by_method in one.items():
+    assert sorted(two) == ["dense", "pruned 80 %", "random 80 %"]
+    for subject in two:
+        by_method = one[subject]
         for method in ("knn", "ridge", "linear"):
             assert two[subject][method]["scores"] == by_method[method]["scores"]
         accuracy = two[subject]["finetune"]["scores"]["accuracy"]["value"]
@@ -368,3 +372,67 @@ def test_rendered_tasks_have_every_class_in_every_split_and_no_image_twice(name:
         assert set(split["label"]) == set(range(classes))
         seen |= {image.tobytes() for image in split["image"]}
     assert len(seen) == sum(len(split) for split in data.values())
+
+
+# --- recipes/transfer.py ---
+
+
+def test_masks_found_on_the_source_the_target_and_both_are_compared(folder: Path) -> None:
+    """Magnitude looks at no data: all three masks are one, and so are their results. PX on active paths does look."""
+    argv = settings(folder, "transfer", "--source", "letters", "--examples_per_class", "2", "--rounds", "2")
+    i = argv.index("--tasks")
+    argv[i : i + 2] = ["--targets", "digits"]
+    argv[argv.index("--output_dir") + 1] = str(folder / "transfer")
+    names = ["dense", "pruned on letters", "pruned on the target", "pruned on both", "random 90 %"]
+    records = {}
+    for criterion in ("magnitude", "px-active"):
+        out = str(folder / f"transfer-{criterion}")
+        assert transfer.main([*argv, "--criterion", criterion, "--output_dir", out]) == 0
+        results = json.loads((Path(out) / "downstream.json").read_text())
+        assert [subject["name"] for subject in results["subjects"]] == names
+        assert [round(subject["sparsity"], 2) for subject in results["subjects"]] == [0, 0.9, 0.9, 0.9, 0.9]
+        records[criterion] = results["tasks"]["digits"]
+        assert records[criterion]["error"] is None
+    masks = {c: [r["settings"]["subjects"][name]["masks_sha256"] for name in names[1:4]] for c, r in records.items()}
+    assert len(set(masks["magnitude"])) == 1
+    assert len(set(masks["px-active"])) == 3
+    scores = [records["magnitude"]["results"][name]["finetune"]["scores"] for name in names[1:4]]
+    assert scores[0] == scores[1] == scores[2]
+    assert "| pruned on both |" in (folder / "transfer-magnitude/downstream.md").read_text()
+
+
+def test_unlabelled_images_will_do_as_a_source(folder: Path) -> None:
+    (folder / "unlabelled/deep").mkdir(parents=True)
+    for row in range(6):
+        image = Image.fromarray(np.random.default_rng(row).integers(0, 255, (9 + row, 20, 3), dtype=np.uint8))
+        image.save(folder / ("unlabelled/deep" if row % 2 else "unlabelled") / f"{row}.png")
+    (folder / "unlabelled/notes.txt").write_text("no image")
+    argv = ["--unlabelled_dir", str(folder / "unlabelled"), "--prune_on", "source", "--targets", "digits"]
+    argv += ["--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / "from-unlabelled")]
+    argv += ["--max_train_samples", "40", "--max_eval_samples", "20", "--num_train_epochs", "1", "--rounds", "2"]
+    assert transfer.main([*argv, "--sparsity", "0.5", "--random_control", "false", "--disable_tqdm", "true"]) == 0
+    results = json.loads((folder / "from-unlabelled/downstream.json").read_text())
+    assert [subject["name"] for subject in results["subjects"]] == ["dense", "pruned on unlabelled"]
+
+    (folder / "unlabelled/7.png").write_bytes(b"no image")
+    with pytest.raises(px.DataError, match=r"Unreadable image .*7.png"):
+        transfer.main([*argv, "--overwrite_output_dir", "--disable_tqdm", "true"])
+
+
+BAD_TRANSFERS = [
+    (["--source", "letters", "--unlabelled_dir", "x"], "either --source or --unlabelled_dir"),
+    (["--unlabelled_dir", "no/such"], "No images in no/such"),
+    (["--prune_on", "source", "target", "mix", "--examples_per_class", "1"], "mix needs --examples_per_class of 2"),
+    (["--sparsity", "1"], r"must be in \[0, 1\)"),
+    (["--source", "digits", "--targets", "digits"], "'digits' is the source and a target"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_TRANSFERS, ids=[" ".join(row[0]) for row in BAD_TRANSFERS])
+def test_bad_arguments_of_transfer(folder: Path, more: list[str], message: str) -> None:
+    source = [] if {"--source", "--unlabelled_dir"} & set(more) else ["--source", "letters"]
+    with pytest.raises((px.InvalidArgumentError, px.DataError), match=message):
+        transfer.main(
+            ["--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / "bad"), *source, *more]
+        )
+    assert not (folder / "bad").exists()

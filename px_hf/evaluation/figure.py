@@ -26,7 +26,7 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     width = 1.8 + columns * max(3.0, 0.16 * len(methods) * len(subjects) + 1)
     figure = Figure(figsize=(width, 3.1 * rows + 0.9), dpi=_DPI, layout="constrained")
     panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    shades = _shades(subjects)
+    shades, markers = _shades(subjects), _markers(subjects)
     for (task, record), axes in zip(sorted(tasks.items()), panels, strict=False):
         axes.set_title(task if not record["error"] else f"{task}: failed", fontsize=10)
         for place, subject in enumerate(subjects):
@@ -38,7 +38,7 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
                     x = column + 0.72 * ((place + 0.5) / len(subjects) - 0.5)
                     axes.errorbar(
                         x, value, [[value - low], [high - value]],
-                        fmt=_marker(subject), color=_COLOURS[subject["kind"]], alpha=shades[place],
+                        fmt=markers[place], color=_COLOURS[subject["kind"]], alpha=shades[place],
                         markersize=5, elinewidth=1.3,
                     )  # fmt: skip
         axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods], fontsize=8)
@@ -51,15 +51,20 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     figure.supylabel("test accuracy, %, with 95 % interval", fontsize=9)
     figure.suptitle(f"{results['model']} on downstream tasks")
     handles = [
-        Line2D([], [], marker=_marker(subject), color=_COLOURS[subject["kind"]], alpha=shade, label=subject["name"])
-        for subject, shade in zip(subjects, shades, strict=True)
+        Line2D([], [], marker=marker, color=_COLOURS[subject["kind"]], alpha=shade, label=subject["name"])
+        for subject, shade, marker in zip(subjects, shades, markers, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
     _save(figure, path)
 
 
-def _marker(subject: Mapping[str, Any]) -> str:
-    return {"dense": "s", "pruned": "o", "random": "x"}[subject["kind"]]
+def _markers(subjects: list[Mapping[str, Any]]) -> list[str]:
+    """By kind; pruned subjects of the same sparsity have different ones."""
+    markers: list[str] = []
+    for place, subject in enumerate(subjects):
+        alike = sum((s["kind"], s["sparsity"]) == (subject["kind"], subject["sparsity"]) for s in subjects[:place])
+        markers.append({"dense": "s", "pruned": "o^Dvp"[alike % 5], "random": "x"}[subject["kind"]])
+    return markers
 
 
 def _shades(subjects: list[Mapping[str, Any]]) -> list[float]:
