@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 import px_hf as px
-from px_hf.evaluation.control import shuffled
+from px_hf.controls import shuffle
 from px_hf.targets import head_modules
 
 
@@ -62,7 +62,7 @@ class Subject:
         dense = next((subject for subject in subjects if subject.kind == "dense"), None)
         if self.kind != "pruned" or self.masks is None or dense is None:
             return None
-        return Subject(f"random {_percent(self.masks)}", "random", dense.model, shuffled(self.masks, seed))
+        return Subject(f"random {_percent(self.masks)}", "random", dense.model, shuffle(self.masks, seed))
 
 
 def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[list[Subject], list[str]]:

@@ -21,7 +21,6 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import px_hf as px
-from px_hf.evaluation.control import shuffled
 from px_hf.evaluation.page import markdown, model_index, read_results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -314,20 +313,6 @@ def test_a_damaged_report_is_an_error(tmp_path: Path, content: str) -> None:
 def test_names_and_errors_of_others_are_no_markup(finished: tuple[Path, dict[str, Any]]) -> None:
     results = {**finished[1], "tasks": {"bad": {"error": "x\n# <img src=a>|", "results": {}}}}
     assert "- **bad**: x # &lt;img src=a>\\|" in markdown(results)
-
-
-def test_the_control_keeps_the_densities_of_the_layers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    masks = px.Masks(
-        {f"w{i}": torch.rand(7, 30, generator=generator) < share for i, share in enumerate((0.1, 0.5, 1))}
-    )
-    control = shuffled(masks, seed=1)
-    assert [int(mask.sum()) for mask in control.values()] == [int(mask.sum()) for mask in masks.values()]
-    assert control == shuffled(masks, seed=1)
-    assert control != shuffled(masks, seed=2)
-    assert control != masks
-    overlap = (control["w1"] & masks["w1"]).double().mean()
-    assert 0.1 < overlap < 0.4  # 0.25 by chance
 
 
 BAD_ARGUMENTS = [
