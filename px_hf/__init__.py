@@ -48,6 +48,7 @@ from .errors import (
 from .masks import Masks
 from .ops import add_rule
 from .prune import prune
+from .registration import register as _register
 from .report import Report, report
 from .select import select
 from .version import __version__
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from .finetune import KeepMasks, keep_masks
     from .hub import from_pretrained, save_pretrained
     from .push import push_to_hub
+
+_register()
 
 _LAZY = {
     "KeepMasks": "finetune",

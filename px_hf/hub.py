@@ -1,12 +1,13 @@
-"""Save a pruned model so that stock transformers loads it, and load it with its zeros checked.
+"""Save a pruned model so that stock transformers or timm loads it, and load it with its zeros checked.
 
     save_pretrained(model, masks, "out", image_processor=processor)
-    model = from_pretrained("out")                              # zeros and masks compared
+    model = from_pretrained("out")                                    # reads the compact copy
     model = AutoModelForImageClassification.from_pretrained("out")    # needs no px_hf
 
-The folder holds what transformers would write (`config.json`, `model.safetensors`, the image processor) with
-the pruned weights as exact zeros, `masks.safetensors`, and in `config.json` one more entry "px": where the
-zeros come from.
+The folder holds what transformers (for a timm model: timm) would write, `config.json`, `model.safetensors` with the
+pruned weights as exact zeros and the image processor, and in `config.json` one more entry "px": where the zeros come
+from. `sparse/` holds the same model in fewer bytes, its masks and the weights that they keep (docs/COMPACT_FORMAT.md),
+which transformers loads too after `import px_hf`: `from_pretrained("out", subfolder="sparse")`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from . import timm_models
+from .compact import CompactFile, write_compact
+from .compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
 from .errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
+from .files import find, find_compact
+from .loading import build_empty, fill
 from .masks import MASKS_FILE, Masks
 from .targets import unwrap
 from .version import __version__
@@ -39,29 +46,33 @@ def save_pretrained(
     image_processor: Any = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write the masked model, its masks and its image processor into `folder`.
+    """Write the masked model, dense and compact, and its image processor into `folder`.
 
-    `model`: a transformers model (timm models: through TimmWrapper), also inside DistributedDataParallel or
-    torch.compile, with zeros where the masks prune. It is not changed. In several processes, call this on
-    the main one.
+    `model`: a transformers model, TimmWrapper among them, or one that `timm.create_model` made, also inside
+    DistributedDataParallel or torch.compile, with zeros where the masks prune. It is not changed. In several
+    processes, call this on the main one.
     `image_processor`: what has transformers' `save_pretrained`.
     `provenance`: where the masks come from (criterion, rounds, base model, ...), anything that JSON can say. It
     becomes the entry "px" of `config.json`, together with sparsity, counts, the fingerprint of the masks and
     versions. NaN becomes null.
-    `overwrite`: replace files of the same names. Other files in the folder are left alone in any case.
+    `overwrite`: replace files of the same names and the weights of the model before. Other files in the folder are
+    left alone in any case.
+    `max_shard_size`: larger files of weights are split as transformers does it, except the dense one of a timm
+    model, since timm reads only one.
 
     All is written beside the folder first: if something fails, the folder is as it was.
 
     Raises TargetError if the masks do not fit the model or its pruned weights are not zero,
-    InvalidArgumentError if the model is none of transformers or the provenance is not JSON, OutputExistsError
+    InvalidArgumentError if the model is of neither library or the provenance is not JSON, OutputExistsError
     if a file would be overwritten.
     """
     model = unwrap(model)
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
         raise InvalidArgumentError(
-            f"save_pretrained needs a transformers model, got {type(model).__name__}. Load a timm model by "
-            "AutoModelForImageClassification.from_pretrained('timm/...')."
+            f"save_pretrained needs a model of transformers or timm, got {type(model).__name__}. Of another module "
+            "save the state_dict, and the masks with masks.save()."
         )
     if revived := masks.revived(model):
         raise TargetError(
@@ -76,27 +87,109 @@ def save_pretrained(
         raise OutputExistsError(f"{folder} is a file. Choose another name for the folder.")
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    sparse = unfinished / SPARSE_FOLDER
+    sparse.mkdir(parents=True)
     try:
-        model.save_pretrained(unfinished)
-        masks.save(unfinished / MASKS_FILE)
+        state = _state(model, masks)
+        _save_dense(model, state, unfinished, max_shard_size)
+        write_compact(state, masks, sparse, max_shard_size=max_shard_size)
         if image_processor is not None:
             image_processor.save_pretrained(unfinished)
-        _add_to_config(unfinished / CONFIG_NAME, entry)
+        config = json.loads((unfinished / CONFIG_NAME).read_text(encoding="utf-8"))
+        if "architecture" in config:
+            timm_models.complete(config, model)
+        _write_json(unfinished / CONFIG_NAME, config | {"px": entry})
+        _write_json(sparse / CONFIG_NAME, config | {"px": entry, "quantization_config": _QUANTIZATION})
+        for code in unfinished.glob("*.py"):  # of a model that is not one of transformers' own
+            shutil.copy(code, sparse)
         _move(unfinished, folder, overwrite)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load an image classifier that `save_pretrained` wrote, and check its weights against its masks.
+def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """Load an image classifier that `save_pretrained` wrote: the compact copy if there is one, else the dense one.
 
-    `kwargs` are those of `AutoModelForImageClassification.from_pretrained`, which loads it: `revision`,
-    `token`, `dtype`, `trust_remote_code` (off by default), ...
+    It comes back as what it was, a transformers model, or a timm model if it was saved as one. (In TimmWrapper:
+    `AutoModelForImageClassification.from_pretrained` of the same folder.) The weights are bit for bit those of the
+    dense copy, and they are checked: against their checksums, or, of a dense copy alone, against its masks.
+
+    `kwargs` are those of `AutoModelForImageClassification.from_pretrained`: `revision`, `token`, `cache_dir`,
+    `local_files_only`, `subfolder`, `dtype`, `trust_remote_code` (off by default), `attn_implementation`, entries
+    of the config. With others (`device_map`, `config`, ...) transformers itself reads the compact copy. A timm model
+    takes those of the download and `dtype`.
 
     Raises CheckpointError if there is no such folder or repository, something in it is missing or damaged,
     a weight of the model would not come from the file, or a pruned weight is not zero.
     """
+    source = str(folder_or_repo_id)
+    download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
+    others = {name: value for name, value in kwargs.items() if name not in _DOWNLOAD}
+    found = find_compact(folder_or_repo_id, **download)
+    if found is None:
+        return _through_transformers(folder_or_repo_id, kwargs)
+    download |= {"subfolder": found.subfolder} | ({"revision": found.commit} if found.commit else {})
+    file = CompactFile(found.files)
+    content = _read_config(folder_or_repo_id, download)
+    if timm_models.is_timm_config(content):
+        return _timm_model(content, file, source, **others)
+
+    building = {name: others.pop(name) for name in _BUILDING if name in others}
+    trust = building.get("trust_remote_code", False)
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            folder_or_repo_id, **download, **others, trust_remote_code=trust, return_unused_kwargs=True
+        )
+    except Exception as error:  # anybody may have written it, so anything can be wrong with it
+        raise CheckpointError(f"transformers cannot load the config of {source!r}: {error}") from error
+    if unused.keys() & others.keys():
+        return _through_transformers(folder_or_repo_id, kwargs | download)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = build_empty(lambda: AutoModelForImageClassification.from_config(config, **building), source)
+    fill(model, file, source)
+    config.name_or_path = source
+    return model.eval()
+
+
+_DOWNLOAD = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
+_BUILDING = ("dtype", "trust_remote_code", "attn_implementation")
+_QUANTIZATION = {"quant_method": QUANT_METHOD, "version": VERSION, "dequantize": True}
+
+
+def _timm_model(
+    config: Mapping[str, Any], file: CompactFile, source: str, *, dtype: torch.dtype | None = None, **others: Any
+) -> nn.Module:
+    others.pop("trust_remote_code", None)
+    if others:
+        raise InvalidArgumentError(
+            f"{source!r} is a timm model, which {', '.join(sorted(others))} does not apply to. To load it in "
+            "transformers' TimmWrapper, use AutoModelForImageClassification.from_pretrained."
+        )
+    timm_models.check_config(config)
+    model = build_empty(lambda: timm_models.build(config), source)
+    fill(model, file, source, stored_dtypes=True)
+    return model.to(dtype).eval()
+
+
+def _read_config(folder_or_repo_id: str | os.PathLike[str], download: Mapping[str, Any]) -> dict[str, Any]:
+    path = find(folder_or_repo_id, CONFIG_NAME, **download)
+    try:
+        if path is None:
+            raise OSError("it is missing")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        if content.get("model_type") == "timm_wrapper":
+            timm_models.check_config(content)
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        where = "/".join(filter(None, [str(folder_or_repo_id), download.get("subfolder"), CONFIG_NAME]))
+        raise CheckpointError(f"Cannot load {where}: {error}") from error
+
+
+def _through_transformers(folder_or_repo_id: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Load with stock `from_pretrained`, and check what came."""
     masks = Masks.from_pretrained(folder_or_repo_id, **{k: v for k, v in kwargs.items() if k in _DOWNLOAD})
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
@@ -116,18 +209,41 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
     except TargetError as error:
         written_by = (getattr(model.config, "px", None) or {}).get("versions")
         raise CheckpointError(
-            f"{MASKS_FILE} of {str(folder_or_repo_id)!r} is not about its model: {error} (Written by {written_by}; "
+            f"The masks of {str(folder_or_repo_id)!r} are not about its model: {error} (Written by {written_by}; "
             f"this is transformers {transformers.__version__}.)"
         ) from error
     if revived:
         raise CheckpointError(
-            f"{sum(revived.values())} weights of {str(folder_or_repo_id)!r} that its {MASKS_FILE} prunes are not "
-            f"zero, for example in {next(iter(revived))!r}: the two files do not belong together."
+            f"{sum(revived.values())} weights of {str(folder_or_repo_id)!r} that its masks prune are not "
+            f"zero, for example in {next(iter(revived))!r}: weights and masks do not belong together."
         )
     return model
 
 
-_DOWNLOAD = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
+def _state(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """The tensors to save by the names of `masks`: tied ones once, pruned weights as +0.0."""
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    names = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters(remove_duplicate=False)}
+    once = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters()}
+    state = {name: tensor for name, tensor in state.items() if name not in names - once or name in masks}
+    for name, mask in masks._tensors.items():
+        pruned = ~mask.to(state[name].device)
+        if bool((state[name].signbit() & pruned).any()):  # -0.0, as multiplying by a mask gives
+            state[name] = state[name].masked_fill(pruned, 0)
+    return state
+
+
+def _save_dense(model: nn.Module, state: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    if not isinstance(model, PreTrainedModel):
+        timm_models.save_config(model, folder)
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    elif model.config.model_type == "timm_wrapper":  # by timm's names, so that timm loads it too
+        names = {name: name.removeprefix(timm_models.WRAPPER_PREFIX) for name in state}
+        tensors = {names[name]: tensor for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size, save_original_format=False)
+    else:
+        model.save_pretrained(folder, state_dict=dict(state), max_shard_size=max_shard_size)
 
 
 def _entry(masks: Masks, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -145,10 +261,8 @@ def _entry(masks: Masks, provenance: Mapping[str, Any] | None) -> dict[str, Any]
     }
 
 
-def _add_to_config(file: Path, entry: dict[str, Any]) -> None:
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["px"] = entry
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _move(source: Path, folder: Path, overwrite: bool) -> None:
@@ -157,13 +271,16 @@ def _move(source: Path, folder: Path, overwrite: bool) -> None:
         os.replace(source, folder)
         return
     targets = {path: folder / path.name for path in source.iterdir()}
-    existing = sorted(target.name for target in targets.values() if os.path.lexists(target))
+    weights = {*folder.glob("model*.safetensors*"), folder / MASKS_FILE}  # of a model saved before, in other files
+    existing = sorted(path.name for path in {*targets.values(), *weights} if os.path.lexists(path))
     if existing and not overwrite:
         raise OutputExistsError(
             f"{folder} already holds {', '.join(existing)}; nothing was written. Choose another folder, or "
             "overwrite=True to replace them."
         )
     (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for path in weights - {*targets.values()}:
+        path.unlink(missing_ok=True)
     for path in sorted(targets, key=lambda path: path.name == CONFIG_NAME):
         if targets[path].is_dir():
             shutil.rmtree(targets[path])

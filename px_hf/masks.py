@@ -244,32 +244,27 @@ class Masks(Mapping[str, Tensor]):
         subfolder: str = "",
         **download: Any,
     ) -> Masks:
-        """Read the masks of a folder or Hub repository that `px_hf.save_pretrained` wrote.
+        """Read the masks of a folder or Hub repository: those of its compact copy, or its masks file.
 
+        `px_hf.save_pretrained` writes the one, and `KeepMasks` the other into the Trainer's checkpoints.
         `revision`, `token`, `subfolder` and what else `huggingface_hub.hf_hub_download` takes (`cache_dir`,
         `local_files_only`, ...) are for the Hub; a folder only looks at `subfolder`.
         Raises CheckpointError if there is no such folder or repository, or it holds no masks.
         """
-        if Path(folder_or_repo_id).is_dir():
-            return cls.load(Path(folder_or_repo_id, subfolder, MASKS_FILE))
+        from .compact import CompactFile  # which imports this module
+        from .files import find, find_compact
 
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HTTPError  # HTTPError: a cut connection too
-
-        try:
-            path = hf_hub_download(
-                str(folder_or_repo_id),
-                MASKS_FILE,
-                subfolder=subfolder or None,
-                revision=revision,
-                token=token,
-                **download,
-            )
-        except (EntryNotFoundError, HTTPError, OSError, ValueError) as error:
+        download |= {"revision": revision, "token": token, "subfolder": subfolder}
+        compact = find_compact(folder_or_repo_id, **download)
+        if compact is not None:
+            return CompactFile(compact.files).masks()
+        path = find(folder_or_repo_id, MASKS_FILE, required=True, **download)
+        if path is None:
             raise CheckpointError(
-                f"Cannot get {MASKS_FILE} of {str(folder_or_repo_id)!r}: it is not a local folder, and as a "
-                f"Hub repository: {error}"
-            ) from error
+                f"{str(folder_or_repo_id)!r} has neither a compact copy in sparse/ nor a masks file {MASKS_FILE}"
+                f"{f' in {subfolder!r}' if subfolder else ''}: px_hf.save_pretrained() writes the one, Masks.save() "
+                "the other."
+            )
         return cls.load(path)
 
 

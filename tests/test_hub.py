@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,11 +137,12 @@ def test_round_trip(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None
     # transformers itself notes the class and dtype when it saves a model.
     assert {key for key in now | config if now.get(key) != config.get(key)} <= {"architectures", "dtype"}
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert sorted(path.name for path in (tmp_path / "a" / "out").iterdir()) == [
+    assert contents(tmp_path / "a" / "out").keys() == {
         "config.json",
-        "masks.safetensors",
         "model.safetensors",
-    ]
+        "sparse/config.json",
+        "sparse/model.safetensors",
+    }
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
     loaded = from_pretrained(tmp_path / "a" / "out")
@@ -149,8 +151,7 @@ def test_round_trip(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None
     assert Masks.from_pretrained(tmp_path / "a" / "out") == masks
 
     save_pretrained(loaded, masks, tmp_path / "again")
-    for name in ("model.safetensors", "masks.safetensors", "config.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "a" / "out" / name).read_bytes()
+    assert contents(tmp_path / "again") == contents(tmp_path / "a" / "out")
 
 
 def test_provenance_survives_stock_configs(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_weights_that_came_back_are_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": nn.Linear(3, 3)}, InvalidArgumentError, "needs a transformers model, got Linear"),
+        ({"model": nn.Linear(3, 3)}, InvalidArgumentError, "needs a model of transformers or timm, got Linear"),
         ({"masks": Masks({"nope": torch.ones(2).bool()})}, TargetError, "'nope' is not a parameter"),
         ({"provenance": {"path": Path("x")}}, InvalidArgumentError, "JSON"),
         ({"provenance": ["x"]}, InvalidArgumentError, "JSON"),
@@ -218,13 +219,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "masks.safetensors", "preprocessor_config.json"])
+REPLACED = ["config.json", "model.safetensors", "preprocessor_config.json", "sparse"]
+REMOVED = ["masks.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", REPLACED + REMOVED)
 def test_nothing_is_overwritten_unless_asked(name: str, tmp_path: Path) -> None:
     model, masks = pruned()
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "out" / "checkpoint-3" / "config.json").write_text("theirs")
     (tmp_path / "out" / "notes.txt").write_text("theirs")
-    (tmp_path / "out" / name).write_text("theirs")
+    file = "sparse/model.safetensors" if name == "sparse" else name
+    (tmp_path / "out" / file).parent.mkdir(exist_ok=True)
+    (tmp_path / "out" / file).write_text("theirs")
     before = contents(tmp_path)
     with pytest.raises(OutputExistsError, match=f"already holds {name}"):
         save_pretrained(model, masks, tmp_path / "out", image_processor=ViTImageProcessor())
@@ -232,7 +239,8 @@ def test_nothing_is_overwritten_unless_asked(name: str, tmp_path: Path) -> None:
 
     save_pretrained(model, masks, tmp_path / "out", image_processor=ViTImageProcessor(), overwrite=True)
     after = contents(tmp_path)
-    assert {path for path in before if after[path] != before[path]} == {f"out/{name}"}
+    assert {path for path in before if after.get(path) != before[path]} == {f"out/{file}"}
+    assert (f"out/{file}" in after) == (name in REPLACED)
     assert torch.equal(logits(from_pretrained(tmp_path / "out")), logits(model))
 
 
@@ -309,7 +317,7 @@ def masks_of_another_model(folder: Path) -> None:
     [
         (remove("config.json"), "cannot load"),
         (remove("model.safetensors"), "cannot load"),
-        (remove("masks.safetensors"), "no masks file"),
+        (remove("masks.safetensors"), "nor a masks file"),
         (truncate("config.json"), "cannot load"),
         (truncate("model.safetensors"), "cannot load"),
         (truncate("masks.safetensors"), "not a whole file"),
@@ -322,11 +330,51 @@ def masks_of_another_model(folder: Path) -> None:
         (masks_of_another_model, r"not about its model: .*\(Written by {'px_hf'"),
     ],
 )
-def test_a_damaged_folder_is_never_loaded(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+def test_a_damaged_dense_folder_is_never_loaded(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     model, masks = pruned()
     save_pretrained(model, masks, tmp_path / "out")
-    from_pretrained(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "sparse")
+    masks.save(tmp_path / "out" / "masks.safetensors")  # as px_hf saved before there was a compact copy
+    assert torch.equal(logits(copy.deepcopy(from_pretrained(tmp_path / "out"))), logits(model))
     damage(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path / "out")
+
+
+HUGE = {"hidden_size": 2**24, "num_attention_heads": 2, "intermediate_size": 2**24}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("config.json"), "sparse/config.json: it is missing"),
+        (truncate("config.json"), "Cannot load .*sparse/config.json"),
+        (remove("model.safetensors"), "neither a compact copy"),
+        (truncate("model.safetensors"), "cannot be used"),
+        (edit_config(model_type="no_such_model"), "no_such_model"),
+        (edit_config(model_type="resnet"), "parameters of ResNetForImageClassification are not in the compact copy"),
+        (edit_config(num_hidden_layers=3), "8 parameters|16 parameters"),
+        (edit_config(num_hidden_layers=1), "tensors of .* are none of ViTForImageClassification"),
+        (edit_config(hidden_size=32), "config and weights do not belong together"),
+        (edit_config(id2label={"0": "ant"}, label2id={"ant": 0}), "it would be random"),
+        (edit_config(num_attention_heads=0), "cannot be built: ZeroDivisionError"),
+        (edit_config(hidden_size="sixteen"), "cannot load the config|cannot be built"),
+        (edit_config(hidden_act="no_such_activation"), "cannot be built"),
+        (edit_config(**HUGE), "do not belong together|cannot be built"),
+        (edit_config(architecture="test_vit", model_type="timm_wrapper", num_classes=3), "parameters of TimmWrapper"),
+        (edit_config(architecture="hf-hub:some/repo", model_type="timm_wrapper"), "knows no architecture"),
+        (
+            edit_config(
+                architecture="test_vit", model_type="timm_wrapper", model_args={"checkpoint_path": "evil.pth"}
+            ),
+            "tells timm what to read: checkpoint_path",
+        ),
+    ],
+)
+def test_a_damaged_compact_copy_is_never_loaded(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    model, masks = pruned()
+    save_pretrained(model, masks, tmp_path / "out")
+    damage(tmp_path / "out" / "sparse")
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(tmp_path / "out")
 
@@ -372,7 +420,7 @@ def test_code_from_the_folder_runs_only_if_trusted(tmp_path: Path, monkeypatch: 
 def test_another_head_is_not_made_up(extra: dict[str, bool], tmp_path: Path) -> None:
     model, masks = pruned()
     save_pretrained(model, masks, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"cannot load|they would be random"):
+    with pytest.raises(CheckpointError, match=r"(it|they) would be random|cannot load"):
         from_pretrained(tmp_path / "out", num_labels=7, **extra)
 
 
@@ -383,6 +431,6 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_stock_folder_without_masks(tmp_path: Path) -> None:
     pruned()[0].save_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="no masks file"):
+    with pytest.raises(CheckpointError, match="nor a masks file"):
         from_pretrained(tmp_path / "out")
     AutoModelForImageClassification.from_pretrained(tmp_path / "out")

@@ -382,5 +382,5 @@ def test_from_pretrained_of_nothing(source: str, message: str, monkeypatch: pyte
 
 
 def test_from_pretrained_of_a_folder_without_masks(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no masks file"):
+    with pytest.raises(CheckpointError, match="nor a masks file"):
         Masks.from_pretrained(tmp_path)

@@ -43,7 +43,7 @@ EPOCHS = 8
 PLAIN = [sys.executable, RECIPE]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", RECIPE]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", RECIPE]
-FINISHED = ["all_results.json", "config.json", "masks.safetensors", "model.safetensors", "per_layer_sparsity.png"]
+FINISHED = ["all_results.json", "config.json", "model.safetensors", "per_layer_sparsity.png", "sparse"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def finished(folder: Path) -> tuple[Path, str]:
 def test_a_run_writes_what_it_promises(finished: tuple[Path, str]) -> None:
     out, printed = finished
     written = results(out)
-    masks = px.Masks.load(out / "masks.safetensors")
+    masks = px.Masks.from_pretrained(out)
     assert masks.kept == written["weights_kept"] == round(0.1 * masks.total)
     assert masks.fingerprint() == written["masks_sha256"]
     assert written["calibration"]["examples"] == 50
@@ -138,7 +138,7 @@ print("zeros", sum(int((p == 0).sum()) for n, p in model.named_parameters() if "
 print("logits", model(torch.randn(2, 3, 16, 16)).logits.flatten().tolist())
 """
     printed = run(out.parent, [sys.executable, "-c", code])
-    masks = px.Masks.load(out / "masks.safetensors")
+    masks = px.Masks.from_pretrained(out)
     assert f"zeros {masks.total - masks.kept}\n" in printed
     torch.manual_seed(0)
     expected = AutoModelForImageClassification.from_pretrained(out).eval()(torch.randn(2, 3, 16, 16)).logits
@@ -179,7 +179,7 @@ def test_two_processes_find_the_same_masks_and_count_every_example_once(
 ) -> None:
     run(folder, TWO + settings(folder, "two", "--per_device_train_batch_size", "16"), ACCELERATE_USE_CPU="true")
     out = folder / "two"
-    assert px.Masks.load(out / "masks.safetensors") == px.Masks.load(finished[0] / "masks.safetensors")
+    assert px.Masks.from_pretrained(out) == px.Masks.from_pretrained(finished[0])
     assert results(out)["test_accuracy"] == accuracy_of(out)  # of 61 examples, an odd number
     first = [
         json.loads((path / f"checkpoint-{7 * EPOCHS}/trainer_state.json").read_text()) for path in (out, finished[0])
@@ -223,7 +223,7 @@ def test_the_embedded_backbones_transfer_to_the_digits(folder: Path, backbone: s
 def test_the_dense_ceiling_prunes_nothing(folder: Path) -> None:
     run_here(settings(folder, "ceiling", "--dense", "--num_train_epochs", "1"))
     out = folder / "ceiling"
-    assert px.Masks.load(out / "masks.safetensors").sparsity == 0
+    assert px.Masks.from_pretrained(out).sparsity == 0
     weights = load_file(out / "model.safetensors")
     assert all((weight != 0).all() for name, weight in weights.items() if name.endswith("convolution.weight"))
 

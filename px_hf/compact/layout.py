@@ -1,0 +1,49 @@
+"""The names and numbers of the compact format: docs/COMPACT_FORMAT.md, section 2."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+VERSION: Final = 1
+QUANT_METHOD: Final = "px_sparse"
+"""`quant_method` in the config of a compact copy."""
+
+METADATA: Final = "px_sparse"
+"""The entry of a safetensors header that describes the tensors of that file."""
+
+MASK: Final = ":px_mask"
+VALUES: Final = ":px_values"
+"""Endings of the names under which a pruned parameter is stored."""
+
+VALUE_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES: Final = VALUE_DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By the names of safetensors: of what is pruned, and of what is stored whole."""
+
+SPARSE_FOLDER: Final = "sparse"
+"""Where the compact copy lies, below the dense one."""
+
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+
+
+def decoded_limit(stored_bytes: int) -> int:
+    """The most bytes that the pruned parameters of files of this size may take when decoded."""
+    return 2**26 + 2**12 * stored_bytes
+
+
+def checksum(kind: str, shape: Iterable[int], stored: Tensor) -> int:
+    """CRC-32 of the ASCII text `kind[size,size]` followed by the stored bytes."""
+    text = f"{kind}[{','.join(map(str, shape))}]".encode()
+    return zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(text))

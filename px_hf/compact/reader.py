@@ -1,0 +1,240 @@
+"""Read compact files, and take no header's word: docs/COMPACT_FORMAT.md, section 4.
+
+What is wrong with the structure of the files is found when they are opened, and what is wrong with the bytes of a
+tensor when it is read, before it is returned. Files that would decode to far more than their own size are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..masks import Masks
+from .coding import kept_positions
+from .layout import (
+    DTYPES,
+    INDEX_FILE,
+    MASK,
+    METADATA,
+    VALUE_DTYPES,
+    VALUES,
+    VERSION,
+    WEIGHTS_FILE,
+    checksum,
+    decoded_limit,
+)
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Stored(NamedTuple):
+    """A tensor as it lies in a file. `kind` and `shape` are those of its checksum."""
+
+    file: Any
+    path: Path
+    dtype: str
+    length: int | None  # of a tensor with one dimension
+    kind: str
+    shape: list[int]
+    crc32: int
+
+
+class CompactFile:
+    """The file or files of a compact copy, opened and checked. `shapes`: of every decoded tensor, by name.
+
+    Raises CheckpointError if a file is missing, damaged, of another version, or says what cannot be.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        self.shapes: dict[str, list[int]] = {}
+        self._stored: dict[str, _Stored] = {}
+        size = 0
+        for path in map(Path, paths):
+            with _naming(path):
+                for name, stored in _contents(path).items():
+                    if name in self._stored:
+                        raise ValueError(f"{name!r} is also in {self._stored[name].path.name}")
+                    self._stored[name] = stored
+                size += path.stat().st_size
+        decoded = 0
+        for name, stored in self._stored.items():
+            parameter = name.removesuffix(MASK).removesuffix(VALUES)
+            with _naming(stored.path, parameter):
+                if name == parameter:
+                    self.shapes[name] = stored.shape
+                    continue
+                if parameter in self._stored:
+                    raise ValueError("it is there both whole and pruned")
+                values, mask = self._stored.get(parameter + VALUES), self._stored.get(parameter + MASK)
+                if values is None or mask is None:
+                    raise ValueError(f"there is {name!r} without its counterpart")
+                if mask.dtype != "U8" or mask.length is None:
+                    raise ValueError("its mask is not a U8 tensor with one dimension")
+                if values.dtype not in VALUE_DTYPES or values.length is None:
+                    raise ValueError(f"its values are not one dimension of {', '.join(VALUE_DTYPES)}")
+                if name == parameter + MASK:
+                    self.shapes[parameter] = mask.shape
+                    decoded += math.prod(mask.shape) * VALUE_DTYPES[values.dtype].itemsize
+                    if decoded > decoded_limit(size):
+                        raise ValueError(f"files of {size:,} bytes that claim to decode to {decoded:,} are not opened")
+        self.pruned = [name for name in self.shapes if name not in self._stored]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> CompactFile:
+        """The compact copy in a local folder, in one file or in several with an index."""
+        index = Path(folder, INDEX_FILE)
+        if Path(folder, WEIGHTS_FILE).exists() or not index.exists():
+            return cls([Path(folder, WEIGHTS_FILE)])
+        return cls(Path(folder, name) for name in shard_names(index))
+
+    def verify_whole(self) -> None:
+        """Raise CheckpointError unless the tensors that are not pruned are as they were written."""
+        for name in self.shapes.keys() & self._stored.keys():
+            with _naming(self._stored[name].path, name):
+                self._read(name)
+
+    def masks(self) -> Masks:
+        """The masks of all pruned parameters."""
+        return Masks({name: self.mask(name) for name in self.pruned})
+
+    def mask(self, name: str) -> Tensor:
+        """The mask of a pruned parameter: bool, True = kept."""
+        with _naming(self._stored[name + MASK].path, name):
+            mask = torch.zeros(self.shapes[name], dtype=torch.bool)
+            for positions, _ in self._kept(name):
+                mask.view(-1).numpy()[positions] = True
+            return mask
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer as the dense model holds it, bit for bit, with +0.0 where it is pruned."""
+        if name in self._stored:
+            with _naming(self._stored[name].path, name):
+                return self._read(name).clone()  # of memory that may be the file's
+        with _naming(self._stored[name + VALUES].path, name):
+            values = self._read(name + VALUES)
+            tensor = torch.zeros(self.shapes[name], dtype=values.dtype)
+            integer = _INTEGERS[values.dtype.itemsize]  # numpy has no bfloat16
+            dense, bits = tensor.view(-1).view(integer).numpy(), values.view(integer).numpy()
+            for positions, part in self._kept(name):
+                dense[positions] = bits[part]
+            return tensor
+
+    def _kept(self, name: str) -> Iterator[tuple[np.ndarray, slice]]:
+        """Positions of kept weights, with which of the values are theirs."""
+        mask, length = self._stored[name + MASK], self._stored[name + VALUES].length or 0
+        used = 0
+        for positions in kept_positions(mask.kind, self._read(name + MASK).numpy(), math.prod(mask.shape)):
+            part = slice(used, used + len(positions))
+            used = part.stop
+            if used > length:
+                break
+            yield positions, part
+        if used != length:
+            raise ValueError(f"its mask and its {length} values do not agree on how many weights are kept")
+
+    def _read(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        tensor: Tensor = stored.file.get_tensor(name)
+        if checksum(stored.kind, stored.shape, tensor) != stored.crc32:
+            raise ValueError("its bytes are not those that were written (their CRC-32 differs)")
+        return tensor
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index lists, which are beside it.
+
+    Raises CheckpointError if it is not an index, or a name leads elsewhere.
+    """
+    with _naming(index):
+        content = _json(index.read_text(encoding="utf-8"))
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if not name.endswith(".safetensors") or name != os.path.basename(name) or "\\" in name:
+                raise ValueError(f"it names {name!r}, which is not a safetensors file beside it")
+        return names
+
+
+def _contents(path: Path) -> dict[str, _Stored]:
+    """What a safetensors file holds, as its header and our metadata say in agreement."""
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    file = safe_open(path, framework="pt")
+    entries = _entries(file.metadata())
+    if set(file.keys()) != entries.keys():
+        differing = set(file.keys()) ^ entries.keys()
+        raise ValueError(f"its tensors are not those that its metadata lists: {min(differing)!r}")
+    contents = {}
+    for name, entry in entries.items():
+        view = file.get_slice(name)
+        dtype, shape = view.get_dtype(), view.get_shape()
+        length = shape[0] if len(shape) == 1 else None
+        if dtype not in DTYPES:
+            raise ValueError(f"{name!r} is of dtype {dtype}, not one of {', '.join(DTYPES)}")
+        match name.endswith(MASK), entry:
+            case False, {"crc32": int(crc32), **others} if not others:
+                contents[name] = _Stored(file, path, dtype, length, dtype, shape, crc32)
+            case True, {"crc32": int(crc32), "coding": str(coding), "shape": list(shape), **others} if (
+                not others and len(shape) <= 64 and all(map(_is_size, shape))
+            ):
+                contents[name] = _Stored(file, path, dtype, length, coding, shape, crc32)
+            case _:
+                raise ValueError(f"its metadata says {str(entry)[:80]!r} of {name!r}")
+    return contents
+
+
+def _entries(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if metadata is None or METADATA not in metadata:
+        raise ValueError(f"its metadata has no entry {METADATA!r}: it is not a compact file of px_hf")
+    match _json(metadata[METADATA]):
+        case {"version": version, "tensors": dict(entries)}:
+            if type(version) is not int or version != VERSION:
+                raise ValueError(f"it is of format version {version}, and this px_hf knows {VERSION}: upgrade px_hf")
+            return entries
+        case _:
+            raise ValueError(f"its metadata entry {METADATA!r} has no version and tensors")
+
+
+def _json(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 <= size < 2**48
+
+
+@contextmanager
+def _naming(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Turns whatever is wrong with a file into a CheckpointError that says which file."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        where = f"{tensor!r} in {path}" if tensor else str(path)
+        raise CheckpointError(
+            f"{where} cannot be used: {error or 'out of memory'}. Nothing was loaded. Get the files again, or load "
+            "the dense copy in the folder above."
+        ) from error

@@ -1,0 +1,108 @@
+"""Write the compact copy of a pruned model: docs/COMPACT_FORMAT.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InvalidArgumentError, TargetError
+from ..masks import Masks
+from .coding import BITS, encode
+from .layout import DTYPES, INDEX_FILE, MASK, METADATA, VALUE_DTYPES, VALUES, VERSION, checksum, decoded_limit
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_compact(
+    state: Mapping[str, Tensor],
+    masks: Masks,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write `state` (names as in `masks`) into an existing folder: of the tensors with a mask only what it keeps.
+
+    Files larger than `max_shard_size` are split, with an index, as transformers does it. The same state and masks
+    always give the same bytes.
+
+    Raises TargetError if a mask has no tensor of its shape, or a tensor is of a dtype that the format does not know.
+    """
+    for name, mask in masks._tensors.items():
+        if name not in state or state[name].shape != mask.shape:
+            found = list(state[name].shape) if name in state else "none"
+            raise TargetError(f"The mask of {name!r} is {list(mask.shape)} and the tensor to write is {found}.")
+    stored, entries = _encode(state, masks)
+    decoded = sum(state[name].nbytes for name in masks)
+    if decoded > decoded_limit(sum(tensor.nbytes for tensor in stored.values())):  # of hardly any weights
+        stored, entries = _encode(state, masks, plain_bits=True)
+    split = split_torch_state_dict_into_shards(
+        stored, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        described = {"version": VERSION, "tensors": {name: entries[name] for name in names}}
+        metadata = {"format": "pt", METADATA: json.dumps(described, separators=(",", ":"), sort_keys=True)}
+        save_file({name: stored[name] for name in names}, Path(folder, file), metadata=metadata)
+        _sort_metadata(Path(folder, file))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        Path(folder, INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _encode(
+    state: Mapping[str, Tensor], masks: Masks, plain_bits: bool = False
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors to store, and what the metadata says of each."""
+    stored: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def store(name: str, tensor: Tensor) -> None:
+        stored[name] = tensor
+        entries[name] = {"crc32": checksum(_NAMES[tensor.dtype], tensor.shape, tensor)}
+
+    for name, tensor in state.items():
+        mask = masks._tensors.get(name)
+        if tensor.dtype not in (DTYPES if mask is None else VALUE_DTYPES).values():
+            raise TargetError(f"{name!r} is of {tensor.dtype}, which the compact format does not hold.")
+        if name.endswith((MASK, VALUES)):
+            raise InvalidArgumentError(f"The name {name!r} is reserved for the compact format.")
+        flat = tensor.detach().cpu().reshape(-1)
+        if mask is None:
+            store(name, flat.reshape(tensor.shape).contiguous())
+            continue
+        kept = mask.reshape(-1)
+        if plain_bits:
+            coding, payload = BITS, np.packbits(kept.numpy(), bitorder="little").tobytes()
+        else:
+            coding, payload = encode(kept.numpy())
+        store(name + VALUES, flat[kept])
+        coded = (
+            torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+        )
+        stored[name + MASK] = coded
+        entries[name + MASK] = {
+            "crc32": checksum(coding, tensor.shape, coded),
+            "coding": coding,
+            "shape": list(tensor.shape),
+        }
+    return stored, entries
+
+
+def _sort_metadata(path: Path) -> None:
+    """Write the header of a safetensors file anew with sorted metadata, which safetensors puts in random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
