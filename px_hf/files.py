@@ -6,8 +6,12 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError  # HTTPError: a cut connection too
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HTTPError,  # a cut connection too
+    LocalEntryNotFoundError,
+)
 
 from .compact.layout import INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
 from .compact.reader import shard_names
@@ -40,7 +44,9 @@ def find(
     try:
         return Path(hf_hub_download(str(folder_or_repo_id), name, subfolder=subfolder, **download))
     except (EntryNotFoundError, HTTPError, OSError, ValueError) as error:
-        if isinstance(error, EntryNotFoundError) and not required:
+        # LocalEntryNotFoundError: not in the cache, where nothing else may be, or cannot be, asked
+        asked = not isinstance(error, LocalEntryNotFoundError) or download.get("local_files_only") or is_offline_mode()
+        if isinstance(error, EntryNotFoundError) and asked and not required:
             return None
         raise CheckpointError(
             f"Cannot get {name} of {str(folder_or_repo_id)!r}: it is not a local folder, and as a Hub repository: "

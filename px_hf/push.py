@@ -51,7 +51,9 @@ from .report import Report, report
 from .targets import unwrap
 from .version import __version__
 
-_WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|sparse/.*)")
+_WEIGHTS = re.compile(
+    r"(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|masks\.safetensors|sparse/.*)"
+)
 """Files by which an older push could be taken for this one: removed where this one does not write them."""
 
 

@@ -49,7 +49,7 @@ def test_what_is_pushed_is_loaded_in_every_way(hub: HubServer, name: str) -> Non
     assert done.oid == state(hub)["main"]
     files = hub.repos[REPO].files("main")
     assert {"config.json", "README.md", "per_layer_sparsity.png", "preprocessor_config.json"} < files.keys()
-    assert {name for name in files if name.endswith(".safetensors")} >= {WEIGHTS, "masks.safetensors"}
+    assert {name for name in files if name.endswith(".safetensors")} == {WEIGHTS, "sparse/model.safetensors"}
     assert px.Masks.from_pretrained(REPO) == masks
     for load in (px.from_pretrained, AutoModelForImageClassification.from_pretrained):
         loaded = load(REPO).state_dict()
@@ -339,7 +339,7 @@ def test_a_single_fault_is_got_over_where_the_client_tries_again(hub: HubServer,
     assert px.Masks.from_pretrained(REPO) == masks
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "masks.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["sparse/model.safetensors", "sparse/config.json"])
 @pytest.mark.parametrize(
     "fault", [{"truncate": 100}, {"status": 500}, {"cut_response": 100}], ids=["truncated", "500", "cut"]
 )

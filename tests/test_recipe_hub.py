@@ -198,7 +198,7 @@ def test_without_keep_masks_a_sparse_backbone_is_pruned_anew_and_that_is_said(
         (
             ["--keep_masks"],
             px.CheckpointError,
-            "--keep_masks needs a backbone that px_hf has pruned. There is no masks",
+            "--keep_masks needs a backbone that px_hf has pruned. .* has neither a compact copy",
         ),
     ],
 )
