@@ -79,20 +79,28 @@ def calibration_set(
 
     **Raises** `DataError` when a class has fewer examples than that, naming the classes and their counts.
     """
+    chosen = class_balanced(train.labels, labels, examples_per_class, seed, train.name)
+    return CalibrationSet(train.select(chosen).with_pixels(pixels), examples_per_class, seed, batch_size)
+
+
+def class_balanced(
+    classes: np.ndarray, labels: Sequence[str], examples_per_class: int, seed: int, split: str = "train"
+) -> np.ndarray:
+    """Positions of `examples_per_class` random examples of every class, in random order; `classes` is int [N].
+
+    **Raises** `DataError` when a class has fewer examples than that, naming the classes and their counts.
+    """
     if examples_per_class < 1:
         raise DataError(f"examples_per_class is {examples_per_class}, expected at least 1.")
-    counts = np.bincount(train.labels, minlength=len(labels))
+    counts = np.bincount(classes, minlength=len(labels))
     short = [f"{name!r}: {count}" for name, count in zip(labels, counts, strict=True) if count < examples_per_class]
     if short:
         raise DataError(
             f"{examples_per_class} calibration examples per class were asked for, but {len(short)} of "
-            f"{len(labels)} classes have fewer in split {train.name!r}: "
+            f"{len(labels)} classes have fewer in split {split!r}: "
             f"{', '.join(short[:12])}{', ...' if short[12:] else ''}. "
             "Ask for fewer (examples_per_class) or add examples."
         )
     rng = np.random.default_rng(seed)
-    chosen = [
-        rng.choice(np.flatnonzero(train.labels == k), examples_per_class, replace=False) for k in range(len(labels))
-    ]
-    drawn = train.select(rng.permutation(np.concatenate(chosen))).with_pixels(pixels)
-    return CalibrationSet(drawn, examples_per_class, seed, batch_size)
+    chosen = [rng.choice(np.flatnonzero(classes == k), examples_per_class, replace=False) for k in range(len(labels))]
+    return rng.permutation(np.concatenate(chosen))

@@ -1,0 +1,230 @@
+"""recipes/compare_criteria.py: killed and run again, in one process or several; tables; bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import compare_criteria
+import comparison_cell
+import comparison_data
+import comparison_report
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_recipe import RECIPES, environment, folder  # noqa: F401
+
+import px_hf as px
+
+RECIPE = str(RECIPES / "compare_criteria.py")
+METHODS = ["magnitude", "random:seed=3", "snip:rounds=1", "wanda:control=shuffle"]
+
+
+def settings(folder: Path, out: str, *more: str) -> list[str]:  # noqa: F811
+    return [
+        *("--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / out)),
+        *("--methods", *METHODS, "--sparsities", "0.5", "0.9", "--seeds", "0", "1"),
+        *("--max_train_samples", "300", "--max_eval_samples", "100", "--num_train_epochs", "1.5"),
+        *("--examples_per_class", "3", "--rounds", "2", *more),
+    ]
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """Without the times, in a fixed order."""
+    found = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds")["fine_tune"] > 0 for line in found)
+    return sorted(found, key=lambda line: json.dumps(line["key"], sort_keys=True))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[dict[str, Any]]:  # noqa: F811
+    """The lines of a run in this process that nobody disturbed."""
+    compare_criteria.main(settings(folder, "whole"))
+    return lines(folder / "whole")
+
+
+def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+    assert len(whole) == 2 * (1 + 2 * len(METHODS))
+    for line in whole:
+        assert 0 <= line["zero_shot"] <= 1
+        assert 0 <= line["fine_tuned"] <= 1
+        assert line["key"]["model"] == "backbone"
+        assert line["key"]["dataset"] == "digits"
+    of = {(line["key"]["method"], line["key"]["sparsity"], line["key"]["seed"]): line for line in whole}
+    assert of["dense", 0.0, 0]["fine_tuned"] > 0.15  # 300 images, six steps
+    assert of["magnitude", 0.5, 0]["masks"] == of["magnitude", 0.5, 1]["masks"]
+    assert of["snip:rounds=1", 0.5, 0]["masks"] != of["snip:rounds=1", 0.5, 1]["masks"]  # other images, other head
+    assert of["magnitude", 0.5, 0]["forward_units"] == 0
+    assert of["snip:rounds=1", 0.5, 0]["forward_units"] == pytest.approx(
+        90, rel=0.2
+    )  # 30 images, forward and backward
+    assert of["wanda:control=shuffle", 0.5, 0]["forward_units"] > 2 * 30
+    assert (folder / "whole" / "comparison.png").stat().st_size > 10_000
+    table = (folder / "whole" / "results.md").read_text()
+    assert "### backbone on digits, fine-tuned" in table
+    assert table.count("| snip:rounds=1 |") == 2
+    values = [100 * of["magnitude", 0.9, seed]["fine_tuned"] for seed in (0, 1)]
+    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in table
+
+
+def test_the_picture_is_not_blank(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+    pixels = np.asarray(Image.open(folder / "whole" / "comparison.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_to_the_same_lines(whole: list[dict[str, Any]], folder: Path, workers: str) -> None:  # noqa: F811
+    out = folder / f"killed{workers}"
+    command = [sys.executable, RECIPE, *settings(folder, out.name, "--workers", workers)]
+    run = subprocess.Popen(
+        command, env=environment(folder), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not ((out / "results.jsonl").exists() and len((out / "results.jsonl").read_text().splitlines()) >= 3):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    workers_alive = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    before = lines(out)
+    assert 3 <= len(before) < len(whole)
+    for pid in workers_alive:  # they end with their parent, and write nothing more
+        while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"key": {"method": "magni')  # as a kill in the middle of a write leaves it
+    done = subprocess.run(command, env=environment(folder), cwd=folder, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert lines(out) == whole
+    assert all(line in lines(out) for line in before)
+
+
+def test_more_methods_only_add_cells(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+    file = folder / "whole" / "results.jsonl"
+    before = file.read_text()
+    more = ["--methods", "magnitude", "lamp", "--seeds", "0", "--sparsities", "0.9"]
+    compare_criteria.main([*settings(folder, "whole"), *more])
+    after = file.read_text()
+    assert after.startswith(before)
+    assert [json.loads(text)["key"]["method"] for text in after[len(before) :].splitlines()] == ["lamp"]
+    file.write_text(before)
+
+
+def test_a_failing_cell_is_told_and_the_others_are_kept(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = comparison_cell.fine_tune
+
+    def explode(model, masks, *rest):
+        if masks is not None and masks.sparsity > 0.8:
+            raise px.NonFiniteError("the loss of step 0 is not finite")
+        real(model, masks, *rest)
+
+    monkeypatch.setattr(comparison_cell, "fine_tune", explode)
+    argv = [*settings(folder, "failing"), "--methods", "magnitude", "--seeds", "0"]
+    with pytest.raises(px.PxError, match=r"1 cell\(s\) failed.*magnitude at 0\.9, seed 0: NonFiniteError"):
+        compare_criteria.main(argv)
+    assert [line["key"]["sparsity"] for line in lines(folder / "failing")] == [0.0, 0.5]
+    monkeypatch.undo()
+    compare_criteria.main(argv)
+    assert len(lines(folder / "failing")) == 3
+
+
+def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+    (prepared,) = (folder / "whole" / "cache").iterdir()
+    task = comparison_data.load(prepared)
+    model = task.dense_model(0, "fitted", torch.device("cpu"))
+    assert comparison_cell.accuracy(model, task.train) > 0.8
+    assert comparison_cell.accuracy(model, task.test) > 0.5
+    fresh = task.dense_model(0, "random", torch.device("cpu"))
+    assert comparison_cell.accuracy(fresh, task.test) < 0.4
+    zero_shot = comparison_cell.zero_shot(task, fresh, task.test)
+    assert zero_shot == comparison_cell.accuracy(model, task.test)
+    assert comparison_cell.accuracy(fresh, task.test) < 0.4  # its own head is back
+
+
+def test_calibration_is_class_balanced_and_drawn_by_seed(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+    (prepared,) = (folder / "whole" / "cache").iterdir()
+    task = comparison_data.load(prepared)
+    one, other = (task.calibration(3, seed, 8) for seed in (0, 1))
+    assert torch.bincount(torch.cat([b["labels"] for b in one])).tolist() == [3] * 10
+    assert not torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
+
+
+BUDGET = compare_criteria.CompareArguments(random_shift=True, horizontal_flip=True).budget()
+
+
+def test_augmentation_shifts_and_mirrors() -> None:
+    ramp = torch.arange(16.0).expand(50, 3, 16, 16).contiguous()
+    found = comparison_cell.vary(ramp, np.random.default_rng(0), BUDGET)
+    assert found.shape == ramp.shape
+    middle = found[:, 0, 8, 8]
+    assert {float(v) for v in middle} <= {6.0, 7.0, 8.0, 9.0, 10.0, 5.0}
+    rising = found[:, 0, 8, 8] < found[:, 0, 8, 9]
+    assert 10 < int(rising.sum()) < 40
+    again = comparison_cell.vary(ramp, np.random.default_rng(0), BUDGET)
+    assert torch.equal(found, again)
+
+
+METHOD_ROWS = [
+    ("px-active:power=0.5:rounds=7", px.PX("active", 0.5), 7, "global", "none"),
+    ("magnitude:scope=layer:control=shuffle", px.Magnitude(), 20, "layer", "shuffle"),
+    ("wanda", px.Wanda(), 20, "row", "none"),
+    ("ntk-trace:probes=2", px.NTKTrace(probes=2), 20, "global", "none"),
+    ("ntk-trace-sampled:probes=null", px.NTKTrace(), 20, "global", "none"),
+]
+
+
+@pytest.mark.parametrize(("text", "criterion", "rounds", "scope", "control"), METHOD_ROWS)
+def test_methods(text: str, criterion: px.Criterion, rounds: int, scope: str, control: str) -> None:
+    found = comparison_cell.Method.parse(text, 20)
+    assert (found.criterion, found.rounds, found.scope, found.control) == (criterion, rounds, scope, control)
+
+
+BAD = [
+    (["--methods", "pxx"], px.InvalidArgumentError, "no criterion 'pxx'"),
+    (["--methods", "px:powr=1"], px.InvalidArgumentError, "'powr=1' is no setting.*power"),
+    (["--methods", "px:power"], px.InvalidArgumentError, "'power' is no setting"),
+    (["--methods", "px:power=-1"], px.InvalidArgumentError, "power=-1"),
+    (["--methods", "px:scope=all"], px.InvalidArgumentError, "expected a scope of"),
+    (["--methods", "px:control=no"], px.InvalidArgumentError, "a control of none, shuffle"),
+    (["--methods", "px:rounds=0"], px.InvalidArgumentError, "rounds must be"),
+    (["--methods", "px", "px"], px.InvalidArgumentError, "--methods names the same twice"),
+    (["--sparsities", "1.0"], px.InvalidArgumentError, r"must be in \[0, 1\)"),
+    (["--workers", "0"], px.InvalidArgumentError, "--workers is 0"),
+    (["--num_train_epochs", "-1"], px.InvalidArgumentError, "--num_train_epochs must be"),
+    (["--method", "px"], px.InvalidArgumentError, "Did you mean --methods"),
+    (["--dataset_name", "./no/such"], px.DataError, "Cannot read the dataset './no/such'"),
+    (["--model_name_or_path", "./no/such"], px.CheckpointError, "Cannot load the image processor"),
+]
+
+
+@pytest.mark.parametrize(("more", "error", "message"), BAD, ids=[" ".join(row[0]) for row in BAD])
+def test_bad_arguments(folder: Path, more: list[str], error: type[Exception], message: str) -> None:  # noqa: F811
+    with pytest.raises(error, match=message):
+        compare_criteria.main([*settings(folder, "bad"), *more])
+    assert not (folder / "bad" / "results.jsonl").exists()
+
+
+def test_a_strange_line_is_named_and_nothing_lost(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"key": {"method": "px"}}\n[1]\n{"key": {"method": "px"}}\n')
+    with pytest.raises(px.CheckpointError, match=r"Line 2 of .*results\.jsonl"):
+        comparison_report.read_lines(file)
+    assert file.read_text().count("\n") == 3
+
+
+def test_mean_and_spread() -> None:
+    assert comparison_report.mean_and_spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
+    assert comparison_report.mean_and_spread([0.123]) == "12.3"
+    assert comparison_report.mean_and_spread([]) == ""
