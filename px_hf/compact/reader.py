@@ -200,7 +200,7 @@ def _entries(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if metadata is None or METADATA not in metadata:
         raise ValueError(f"its metadata has no entry {METADATA!r}: it is not a compact file of px_hf")
     match _json(metadata[METADATA]):
-        case {"version": version, "tensors": dict(entries)}:
+        case {"version": version, "tensors": dict(entries), **others} if not others:
             if type(version) is not int or version != VERSION:
                 raise ValueError(f"it is of format version {version}, and this px_hf knows {VERSION}: upgrade px_hf")
             return entries

@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InvalidArgumentError, TargetError
+from ..errors import TargetError
 from ..masks import Masks
 from .coding import BITS, encode
 from .layout import DTYPES, INDEX_FILE, MASK, METADATA, VALUE_DTYPES, VALUES, VERSION, checksum, decoded_limit
@@ -73,7 +73,7 @@ def _encode(
         if tensor.dtype not in (DTYPES if mask is None else VALUE_DTYPES).values():
             raise TargetError(f"{name!r} is of {tensor.dtype}, which the compact format does not hold.")
         if name.endswith((MASK, VALUES)):
-            raise InvalidArgumentError(f"The name {name!r} is reserved for the compact format.")
+            raise TargetError(f"The name {name!r} is reserved for the compact format.")
         flat = tensor.detach().cpu().reshape(-1)
         if mask is None:
             store(name, flat.reshape(tensor.shape).contiguous())

@@ -1,0 +1,117 @@
+"""A second reader of the compact format, made from docs/COMPACT_FORMAT.md alone: slow, and with nothing of px_hf,
+torch, numpy or safetensors. Tensors come back as (dtype, shape, bytes)."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
+Stored = tuple[str, list[int], bytes]
+
+
+def read(folder: Path) -> tuple[dict[str, Stored], dict[str, list[bool]]]:
+    """The decoded tensors and the flat masks; any exception says that the copy must not be used."""
+    if (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        names = sorted(set(index["weight_map"].values()))
+        assert names
+        assert all("/" not in name and "\\" not in name and name.endswith(".safetensors") for name in names)
+    stored: dict[str, Stored] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for name in names:
+        tensors, entries = read_safetensors((folder / name).read_bytes())
+        assert not stored.keys() & tensors.keys()
+        stored |= tensors
+        about |= entries
+
+    decoded, masks = {}, {}
+    room = 2**26 + 4096 * sum((folder / name).stat().st_size for name in names)
+    for name, (dtype, shape, content) in stored.items():
+        if name.endswith(":px_values"):
+            assert name.replace(":px_values", ":px_mask") in stored
+        elif not name.endswith(":px_mask"):
+            check(about[name], {"crc32"}, dtype, shape, content)
+            decoded[name] = (dtype, shape, content)
+        else:
+            assert dtype == "U8"
+            assert len(shape) == 1
+            parameter = name.removesuffix(":px_mask")
+            assert parameter not in stored
+            entry = about[name]
+            check(entry, {"crc32", "coding", "shape"}, entry["coding"], entry["shape"], content)
+            assert all(type(size) is int and 0 <= size < 2**48 for size in entry["shape"])
+            value_dtype, value_shape, values = stored[parameter + ":px_values"]
+            assert value_dtype in FLOATS
+            assert len(value_shape) == 1
+            check(about[parameter + ":px_values"], {"crc32"}, value_dtype, value_shape, values)
+            size = SIZES[value_dtype]
+            room -= math.prod(entry["shape"]) * size
+            assert room >= 0
+            mask = decode(entry["coding"], content, math.prod(entry["shape"]))
+            assert sum(mask) == value_shape[0]
+            kept = (values[i : i + size] for i in range(0, len(values), size))
+            dense = b"".join(next(kept) if keep else bytes(size) for keep in mask)
+            decoded[parameter], masks[parameter] = (value_dtype, entry["shape"], dense), mask
+    return decoded, masks
+
+
+def decode(coding: str, content: bytes, count: int) -> list[bool]:
+    if coding == "deflated-gaps":
+        gaps = inflate(content, count + count // 255)
+        mask, position = [False] * count, 0
+        assert gaps[-1:] != b"\xff"
+        for gap in gaps:
+            position += gap
+            if gap != 255:
+                mask[position] = True
+                position += 1
+        return mask
+    bits = {"bits": lambda: content, "deflated-bits": lambda: inflate(content, -(-count // 8))}[coding]()
+    assert len(bits) == -(-count // 8)
+    every = [bool(byte >> bit & 1) for byte in bits for bit in range(8)]
+    assert not any(every[count:])
+    return every[:count]
+
+
+def inflate(content: bytes, limit: int) -> bytes:
+    stream = zlib.decompressobj()
+    inflated = stream.decompress(content, limit + 1)
+    assert len(inflated) <= limit
+    assert stream.eof
+    assert not stream.unused_data
+    return inflated
+
+
+def check(entry: dict[str, Any], keys: set[str], kind: str, shape: list[int], content: bytes) -> None:
+    assert entry.keys() == keys
+    assert entry["crc32"] == zlib.crc32((kind + "[" + ",".join(map(str, shape)) + "]").encode("ascii") + content)
+
+
+def read_safetensors(content: bytes) -> tuple[dict[str, Stored], dict[str, dict[str, Any]]]:
+    length = int.from_bytes(content[:8], "little")
+    assert 8 + length <= len(content)
+    header = json.loads(content[8 : 8 + length], object_pairs_hook=unique)
+    metadata = json.loads(header.pop("__metadata__")["px_sparse"], object_pairs_hook=unique)
+    assert metadata["version"] == 1
+    assert metadata["tensors"].keys() == header.keys()
+    tensors, end = {}, 0
+    for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = told["data_offsets"]
+        assert start == end
+        assert stop - start == math.prod(told["shape"]) * SIZES[told["dtype"]]
+        end = stop
+        tensors[name] = (told["dtype"], told["shape"], content[8 + length + start : 8 + length + stop])
+    assert 8 + length + end == len(content)
+    return tensors, metadata["tensors"]
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
