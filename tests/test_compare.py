@@ -10,10 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import compare_criteria
-import comparison_cell
-import comparison_data
-import comparison_report
 import numpy as np
 import pytest
 import torch
@@ -21,6 +17,13 @@ from PIL import Image
 from test_recipe import RECIPES, environment, folder  # noqa: F401
 
 import px_hf as px
+
+sys.path.insert(0, str(RECIPES))
+
+import compare_criteria
+import comparison_cell
+import comparison_data
+import comparison_report
 
 RECIPE = str(RECIPES / "compare_criteria.py")
 METHODS = ["magnitude", "random:seed=3", "snip:rounds=1", "wanda:control=shuffle"]
