@@ -64,9 +64,8 @@ def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> Non
     assert of["magnitude", 0.5, 0]["masks"] == of["magnitude", 0.5, 1]["masks"]
     assert of["snip:rounds=1", 0.5, 0]["masks"] != of["snip:rounds=1", 0.5, 1]["masks"]  # other images, other head
     assert of["magnitude", 0.5, 0]["forward_units"] == 0
-    assert of["snip:rounds=1", 0.5, 0]["forward_units"] == pytest.approx(
-        90, rel=0.2
-    )  # 30 images, forward and backward
+    # 30 images, forward and backward; the head and the first layer need only half of that
+    assert 2 * 30 < of["snip:rounds=1", 0.5, 0]["forward_units"] <= 3 * 30
     assert of["wanda:control=shuffle", 0.5, 0]["forward_units"] > 2 * 30
     assert (folder / "whole" / "comparison.png").stat().st_size > 10_000
     table = (folder / "whole" / "results.md").read_text()
