@@ -26,9 +26,9 @@ _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SPLITS = {"test": "test", "eval": "validation"}
 _FILES = {
-    "sparse/": "compact copy, kept weights and masks only",
-    "model": "dense, with zeros",
-    MASKS_FILE: "masks, one bit a weight",
+    "sparse/": "compact: the kept weights and where they are",
+    "model": "dense, with the zeros",
+    MASKS_FILE: "which weights are kept, one bit each",
 }
 
 
@@ -70,7 +70,7 @@ def model_card(
         compared=any(f"dense_{key}" in results for _, key in rows),
         costs=_costs(report),
         has_macs=report.macs is not None,
-        files=[(f"`{name}`, {what}", _size(files[name])) for name, what in shown],
+        files=[(f"`{name}`", _size(files[name]), what) for name, what in shown],
         stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files),
         pipeline=library == "timm" or "preprocessor_config.json" in files,
         revision="" if revision is None else f', revision="{revision}"',
