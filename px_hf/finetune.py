@@ -12,6 +12,7 @@ whatever the optimizer did.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -21,10 +22,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from .card import TAGS
 from .errors import CheckpointError, InvalidArgumentError, TargetError
+from .hub import save_pretrained
 from .masks import MASKS_FILE, Masks
+from .targets import unwrap
 
 
 def keep_masks(optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks) -> MaskKeeper:
@@ -134,7 +138,8 @@ class KeepMasks(TrainerCallback):
     The model is masked when training begins, stays so after each step (see `keep_masks`), and is masked
     once more when training ends, after a best model may have been loaded. Each checkpoint folder gets the
     masks as `masks.safetensors`, and its weights by the names that Trainer looks for when it loads them again
-    (see `_save_by_module_names`).
+    (see `_save_by_module_names`). What Trainer pushes to the Hub is what `save_pretrained` writes, with Trainer's own
+    model card; `push_to_hub` writes a better one.
 
     Resuming from a checkpoint with other masks, with none, or with weights where the masks have zeros raises
     CheckpointError before the first step.
@@ -163,6 +168,22 @@ class KeepMasks(TrainerCallback):
         if args.should_save and folder.is_dir():  # a hyperparameter search writes elsewhere
             _save_by_module_names(kwargs["model"], folder)
             self.masks.save(folder / MASKS_FILE)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What Trainer pushes is its output folder: add what `save_pretrained` writes beside the dense weights."""
+        model = unwrap(kwargs["model"])
+        if not args.should_save or not isinstance(model, PreTrainedModel):
+            return
+        told = getattr(model.config, "px", None) or {}
+        known = told if told.get("masks_sha256") == self.masks.fingerprint() else {}
+        save_pretrained(model, self.masks, args.output_dir or ".", provenance=known, overwrite=True)
+        config = json.loads(Path(args.output_dir or ".", CONFIG_NAME).read_text(encoding="utf-8"))
+        for name in ("px", "model_args", "pretrained_cfg"):  # Trainer is about to write the model's own config
+            if name in config:
+                setattr(model.config, name, config[name])
+        model.add_model_tags(list(TAGS))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hub_git import Blob
 from hub_server import HubServer, User
 from huggingface_hub import CommitInfo, HfApi, constants
 from safetensors import SafetensorError
 from test_hub import MODELS, logits, pruned
-from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 import px_hf as px
 from px_hf import push
+from px_hf.card import TAGS
 from px_hf.distributed import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
@@ -150,6 +158,36 @@ def test_the_base_model_is_taken_from_where_the_model_was_loaded(hub: HubServer,
     model.save_pretrained(tmp_path / "local")
     push_to_hub(AutoModelForImageClassification.from_pretrained(tmp_path / "local"), masks, "alice/local")
     assert b"base_model" not in hub.repos["alice/local"].files("main")["README.md"].content
+
+
+@pytest.mark.parametrize("name", ["vit", "timm resnet"])
+def test_the_own_push_of_trainer_gives_a_repository_of_the_same_kind(
+    hub: HubServer, tmp_path: Path, name: str
+) -> None:
+    model, masks = pruned(MODELS[name])
+    torch.manual_seed(1)
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": k % 3} for k in range(8)]
+    settings = TrainingArguments(
+        str(tmp_path / "out"), max_steps=3, save_steps=2, push_to_hub=True, hub_model_id=REPO, report_to="none",
+        disable_tqdm=True, use_cpu=True, learning_rate=0.01, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, train_dataset=data, callbacks=[px.KeepMasks(masks)])
+    trainer.train()
+    trainer.push_to_hub()
+    model.eval()
+    expected = model.state_dict()
+    for load in (px.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        loaded = load(REPO).state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+    assert px.Masks.from_pretrained(REPO) == masks
+    assert not masks.revived(model)
+    files = hub.repos[REPO].files("main")
+    entry = json.loads(files["config.json"].content)["px"]
+    assert (entry["masks_sha256"], entry["weights_kept"]) == (masks.fingerprint(), masks.kept)
+    assert set(TAGS) < set(HfApi(endpoint=hub.url).model_info(REPO).tags or [])
+    if name.startswith("timm"):
+        alone = timm.create_model(f"hf-hub:{REPO}", pretrained=True).state_dict()
+        assert all(torch.equal(alone[key.removeprefix("timm_model.")], tensor) for key, tensor in expected.items())
 
 
 # --- nothing is pushed, and the message says why and what to do ---
