@@ -24,6 +24,11 @@ TAGS = ("px-hf", "pruning", "sparse")
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_KEEP = {
+    True: "trainer = Trainer(model, ..., callbacks=[px.KeepMasks(masks)])",
+    False: "handle = px.keep_masks(optimizer, model, masks)  # in any training loop",
+}
+"""How the masks are kept: for a model of transformers, and for one of timm alone."""
 _SPLITS = {"test": "test", "eval": "validation"}
 _FILES = {
     "sparse/": "compact: the kept weights and where they are",
@@ -77,7 +82,8 @@ def model_card(
         settings=_settings(px),
         plot=PLOT_FILE if PLOT_FILE in files else None,
         prune_head=px.get("prune_head"),
-        versions=", ".join(f"{name} {version}" for name, version in px["versions"].items()),
+        versions=", ".join(f"{name.replace('_commit', ' commit')} {_text(v)}" for name, v in px["versions"].items()),
+        keep_code=_KEEP["model_type" in config],
     )  # fmt: skip
     return _signed(str(card))
 

@@ -47,7 +47,11 @@ SAVED = {
     "masks_sha256": "e" * 64,
     "versions": {"px_hf": "0.1.0", "torch": "2.11.0"},
 }
-CONFIG = {"architectures": ["ResNetForImageClassification"], "id2label": {str(k): "x" for k in range(100)}}
+CONFIG = {
+    "model_type": "resnet",
+    "architectures": ["ResNetForImageClassification"],
+    "id2label": {str(k): "x" for k in range(100)},
+}
 RESULTS = {"test_accuracy": 0.9123, "dense_test_accuracy": 0.95, "test_loss": 0.31, "eval_accuracy": 0.9}
 
 
@@ -212,6 +216,12 @@ def test_timm_models_are_those_of_timm(about: Report) -> None:
     assert 'timm.create_model("hf-hub:alice/sparse@v2", pretrained=True)' in page.text
     assert 'model="alice/sparse", revision="v2")' in page.text
     assert "Image classifier resnet18, 10 classes" in page.text
+    assert "KeepMasks" in page.text
+    px_entry = {**PX, **SAVED, "versions": {"px_hf": "0.1.0", "px_hf_commit": "f" * 40}}
+    alone = Page(model_card("a/b", {"architecture": "resnet18", "px": px_entry}, FILES, about))
+    assert "px.keep_masks(optimizer, model, masks)" in alone.text
+    assert "KeepMasks" not in alone.text
+    assert f"px_hf 0.1.0, px_hf commit {'f' * 40}" in alone.text
 
 
 def test_a_dense_baseline_is_called_so(about: Report) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import px_hf as px
+from px_hf import version
 
 
 @pytest.mark.parametrize("name", px.__all__)
@@ -34,3 +38,30 @@ def test_import_is_light() -> None:
         [sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_commit_is_that_of_the_checkout_or_of_the_installation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    file = tmp_path / "px_hf" / "version.py"
+    file.parent.mkdir()
+    file.write_text("")
+    monkeypatch.setattr(version, "__file__", str(file))
+    installed = SimpleNamespace(read_text=lambda _: json.dumps({"vcs_info": {"commit_id": "a" * 40}}))
+    monkeypatch.setattr(version, "distribution", lambda _: installed)
+    found = version.commit.__wrapped__
+    assert found() == "a" * 40
+    installed.read_text = lambda _: None
+    assert found() is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    git("tag", "v1")
+    assert found() == git("rev-parse", "HEAD")
+    file.write_text("changed")
+    assert found() == git("rev-parse", "HEAD") + "-dirty"
