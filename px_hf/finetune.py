@@ -138,9 +138,10 @@ class KeepMasks(TrainerCallback):
     The model is masked when training begins, stays so after each step (see `keep_masks`), and is masked
     once more when training ends, after a best model may have been loaded. Each checkpoint folder gets the
     masks as `masks.safetensors`, and its weights by the names that Trainer looks for when it loads them again
-    (see `_save_by_module_names`). What Trainer pushes to the Hub has the compact copy and the masks too. (`push_to_hub`
-    makes one commit of it, writes a better model card, and timm loads a timm model from it; from Trainer's own push
-    timm does not, because TimmWrapper saves other names.)
+    (see `_save_by_module_names`).
+
+    What Trainer itself pushes to the Hub gets the compact copy too. `push_to_hub` does it in one commit, writes a
+    better model card, and timm loads a timm model from it; TimmWrapper, left to Trainer, saves other names.
 
     Resuming from a checkpoint with other masks, with none, or with weights where the masks have zeros raises
     CheckpointError before the first step.
@@ -177,9 +178,7 @@ class KeepMasks(TrainerCallback):
         model = unwrap(kwargs["model"])
         if not args.should_save or not isinstance(model, PreTrainedModel):
             return
-        told = getattr(model.config, "px", None) or {}
-        known = told if told.get("masks_sha256") == self.masks.fingerprint() else {}
-        save_pretrained(model, self.masks, args.output_dir or ".", provenance=known, overwrite=True)
+        save_pretrained(model, self.masks, args.output_dir or ".", overwrite=True)
         config = json.loads(Path(args.output_dir or ".", CONFIG_NAME).read_text(encoding="utf-8"))
         model.config.px = config["px"]  # Trainer is about to write the model's own config
         model.add_model_tags(list(TAGS))

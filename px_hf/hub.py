@@ -35,7 +35,7 @@ from .files import find, find_compact
 from .loading import build_empty, fill
 from .masks import MASKS_FILE, Masks
 from .targets import unwrap
-from .version import __version__
+from .version import __version__, commit
 
 
 def save_pretrained(
@@ -56,7 +56,7 @@ def save_pretrained(
     `image_processor`: what has transformers' `save_pretrained`.
     `provenance`: where the masks come from (criterion, rounds, base model, ...), anything that JSON can say. It
     becomes the entry "px" of `config.json`, together with sparsity, counts, the fingerprint of the masks and
-    versions. NaN becomes null.
+    versions. NaN becomes null. What the model's config says already of the same masks is kept.
     `overwrite`: replace files of the same names and the weights of the model before. Other files in the folder are
     left alone in any case.
     `max_shard_size`: larger files of weights are split as transformers does it, except the dense one of a timm
@@ -80,7 +80,7 @@ def save_pretrained(
             f"{next(iter(revived))!r}. masks.apply_(model) zeroes them; KeepMasks or keep_masks keeps them so while "
             "the model trains."
         )
-    entry = _entry(masks, provenance)
+    entry = _entry(model, masks, provenance)
 
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
@@ -246,9 +246,20 @@ def _save_dense(model: nn.Module, state: Mapping[str, Tensor], folder: Path, max
         model.save_pretrained(folder, state_dict=dict(state), max_shard_size=max_shard_size)
 
 
-def _entry(masks: Masks, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+OF_MASKS = (
+    *("criterion", "sparsity_asked", "rounds", "scope", "min_layer_density", "prune_head", "calibration"),
+    *("base_model", "base_revision", "masks_from"),
+)
+"""Provenance that stays true while the masks are the same, whatever the weights learn."""
+
+
+def _entry(model: nn.Module, masks: Masks, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    before = getattr(getattr(model, "config", None), "px", None) or {}
+    known = {key: before[key] for key in OF_MASKS if key in before}
+    if before.get("masks_sha256") != masks.fingerprint():
+        known = {}
     try:
-        told = json.loads(json.dumps(dict(provenance or {})), parse_constant=lambda _: None)
+        told = json.loads(json.dumps({**known, **(provenance or {})}), parse_constant=lambda _: None)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"provenance must be a mapping that JSON can say: {error}.") from error
     return {
@@ -257,7 +268,13 @@ def _entry(masks: Masks, provenance: Mapping[str, Any] | None) -> dict[str, Any]
         "weights": masks.total,
         "weights_kept": masks.kept,
         "masks_sha256": masks.fingerprint(),
-        "versions": {"px_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "px_hf": __version__,
+            **({"px_hf_commit": commit()} if commit() else {}),
+            "torch": torch.__version__,
+            **timm_models.version_of(model),
+            "transformers": transformers.__version__,
+        },
     }
 
 

@@ -33,6 +33,15 @@ def is_timm_config(config: Mapping[str, Any]) -> bool:
     return "architecture" in config and "model_type" not in config
 
 
+def version_of(model: nn.Module) -> dict[str, str]:
+    """The version of timm, if the model is one of timm's, also in TimmWrapper."""
+    if not is_timm_model(getattr(model, "timm_model", model)):
+        return {}
+    import timm
+
+    return {"timm": timm.__version__}
+
+
 def save_config(model: nn.Module, folder: Path) -> None:
     """Write timm's `config.json` of a timm model."""
     from timm.models import save_for_hf

@@ -8,9 +8,7 @@ from arguments import ModelArguments
 from transformers import PreTrainedModel
 
 import px_hf as px
-
-HOW = ("criterion", "rounds", "scope", "min_layer_density", "prune_head", "calibration")
-"""What is still true of masks that are kept on another task."""
+from px_hf.hub import OF_MASKS
 
 
 def is_sparse(model: PreTrainedModel) -> bool:
@@ -37,5 +35,5 @@ def kept_masks(model_args: ModelArguments, model: PreTrainedModel) -> tuple[px.M
             f"{next(iter(revived))!r}: the masks are not those of this model."
         )
     told = getattr(model.config, "px", None) or {}
-    how = {key: told[key] for key in HOW if key in told}
+    how = {key: told[key] for key in OF_MASKS if key in told and not key.startswith("base_")}
     return masks, {**how, "masks_from": model_args.short_name(), "sparsity_asked": masks.sparsity}

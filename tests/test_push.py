@@ -159,6 +159,23 @@ def test_the_base_model_is_taken_from_where_the_model_was_loaded(hub: HubServer,
     assert b"base_model" not in hub.repos["alice/local"].files("main")["README.md"].content
 
 
+def test_what_is_known_of_the_masks_stays_known_and_of_the_task_does_not(hub: HubServer) -> None:
+    model, masks = pruned()
+    push_to_hub(model, masks, provenance={"criterion": "PX()", "dataset": "digits", "rounds": 7})
+
+    def entry(repo: str) -> dict[str, Any]:
+        return json.loads(hub.repos[repo].files("main")["config.json"].content)["px"]
+
+    loaded = px.from_pretrained(REPO)
+    push_to_hub(loaded, masks, "alice/further", provenance={"rounds": 8})
+    assert (entry("alice/further")["criterion"], entry("alice/further")["rounds"]) == ("PX()", 8)
+    assert "dataset" not in entry("alice/further")
+    fewer = px.Masks({name: mask & (torch.rand(mask.shape) < 0.5) for name, mask in masks.items()})
+    fewer.apply_(loaded)
+    push_to_hub(loaded, fewer, "alice/pruned-more")
+    assert "criterion" not in entry("alice/pruned-more")
+
+
 @pytest.mark.parametrize("name", ["vit", "timm resnet"])
 def test_the_own_push_of_trainer_gives_a_repository_of_the_same_kind(
     hub: HubServer, tmp_path: Path, name: str

@@ -122,6 +122,10 @@ with torch.no_grad():
             continue
         found[repo] = AutoModelForImageClassification.from_pretrained(repo).eval()(pixel_values=pixels).logits
         said[repo] = [(row["label"], row["score"]) for row in pipeline("image-classification", repo)(image)]
+    if sys.argv[1] == "stock":
+        import timm
+        model = timm.create_model("hf-hub:alice/timm", pretrained=True).eval()
+        found["timm itself"] = model(found["alice/timm pixels"])
 save_file(found, sys.argv[1] + ".safetensors")
 print("said", json.dumps(said))
 """
@@ -146,6 +150,7 @@ def test_clean_processes_load_and_agree(local_hub: HubServer, folder: Path, push
         torch.testing.assert_close(torch.tensor([score for _, score in labels[repo]]), probabilities)
         assert {label for label, _ in labels[repo]} <= {str(digit) for digit in range(10)}
         assert masks[repo] == [px.Masks.from_pretrained(folder / out).fingerprint(), {}]
+    torch.testing.assert_close(stock["timm itself"], stock["alice/timm"])
 
 
 def test_a_sparse_model_of_the_hub_is_fine_tuned_further_with_exactly_its_masks(
