@@ -166,7 +166,7 @@ def test_provenance_survives_stock_configs(tmp_path: Path) -> None:
     assert {name: px[name] for name in told} == {**told, "loss": None}
     assert px["sparsity"] == masks.sparsity
     assert (px["weights"], px["weights_kept"], px["masks_sha256"]) == (masks.total, masks.kept, masks.fingerprint())
-    assert set(px["versions"]) == {"px_hf", "torch", "transformers"}
+    assert set(px["versions"]) - {"px_hf_commit"} == {"px_hf", "torch", "transformers"}
     assert not hasattr(model.config, "px")
 
 
