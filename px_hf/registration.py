@@ -19,10 +19,10 @@ _AWAITED = "transformers.quantizers"
 
 
 def register() -> None:
-    """Register now, or when transformers is imported."""
+    """Register now, or when transformers is imported; once."""
     if _AWAITED in sys.modules:
         _register()
-    else:
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
