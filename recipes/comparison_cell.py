@@ -6,6 +6,7 @@ import functools
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from comparison_data import Pixels, Task, load, set_head_
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 import px_hf as px
@@ -165,7 +166,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 def forward_units(model: nn.Module, batches: list[dict[str, Tensor]], method: Method) -> float:
     """Cost of all scoring rounds: their multiplications, over those of a forward pass of one image."""
     rounds = method.rounds if method.criterion.iterative else 1
-    with FlopCounterMode(display=False) as scoring:
+    with FlopCounterMode(display=False, custom_mapping=_GROUPED) as scoring:
         method.criterion.score(model, batches)
     one = batches[0]["pixel_values"][:1].to(next(model.parameters()).device)
     training = model.training
@@ -173,6 +174,18 @@ def forward_units(model: nn.Module, batches: list[dict[str, Tensor]], method: Me
         model.eval()(one)
     model.train(training)
     return round(rounds * scoring.get_total_flops() / forward.get_total_flops(), 1)
+
+
+def _convolution_backward(
+    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **kwargs: Any
+) -> int:
+    """As much as the forward pass, for each of the two gradients that are asked for. torch's own count forgets that
+    per-example gradients are computed as groups of one convolution, and is then too high by their number."""
+    transposed, mask = rest[4], rest[7]
+    return conv_flop_count(list(x), list(weight), list(gradient), transposed) * (int(mask[0]) + int(mask[1]))
+
+
+_GROUPED = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def zero_shot(task: Task, model: nn.Module, report: Pixels) -> float | None:

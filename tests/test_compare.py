@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import build, images
 from PIL import Image
 from test_recipe import RECIPES, environment, folder  # noqa: F401
 
@@ -176,6 +177,31 @@ def test_augmentation_shifts_and_mirrors() -> None:
     assert 10 < int(rising.sum()) < 40
     again = comparison_cell.vary(ramp, np.random.default_rng(0), BUDGET)
     assert torch.equal(found, again)
+
+
+COSTS = [
+    ("magnitude", 0, 0),
+    ("synflow", 2 / 12, 8 / 12),  # one image, whatever the batch
+    ("px", 1, 3),
+    ("snip", 2, 3),
+    ("ntk-sap", 4, 6),
+    ("grasp", 7, 13),
+    ("ntk-trace-sampled", 4, 6),
+    ("ntk-trace:probes=3", 6, 12),
+    ("gem-miner:epochs=2", 4, 6),
+]
+
+
+@pytest.mark.parametrize(("text", "least", "most"), COSTS)
+def test_cost_in_forward_passes_per_image(text: str, least: float, most: float) -> None:
+    model = build("cnn")
+    batches = [{"pixel_values": images(6), "labels": torch.arange(6) % 5} for _ in range(2)]
+    method = comparison_cell.Method.parse(text, 1)
+    assert 12 * least <= comparison_cell.forward_units(model, batches, method) <= 12 * most
+    if method.criterion.iterative:
+        twice = comparison_cell.Method.parse(text, 2)
+        once = comparison_cell.forward_units(model, batches, method)
+        assert comparison_cell.forward_units(model, batches, twice) == pytest.approx(2 * once, abs=0.2)
 
 
 METHOD_ROWS = [

@@ -39,7 +39,7 @@ class GraSP(Criterion):
     Args:
         temperature: logits are divided by it, in (0, ∞).
 
-    Cost: three forward and backward passes per image, and the memory of a second derivative.
+    Cost: that of four forward and backward passes per image, and the memory of a second derivative.
 
     Raises:
         InvalidArgumentError: a temperature that is not positive and finite.

@@ -37,7 +37,7 @@ _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_tr
 class Wanda(Criterion):
     """``S_ij = |W_ij| · ‖X_j‖₂``, meant for scope ``"row"``; the batches need no labels.
 
-    Cost: one forward pass per image and round, and the weight gradient of every layer.
+    Cost: that of three forward passes per image and round.
     """
 
     scope: ClassVar[str] = "row"
