@@ -6,16 +6,20 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hub_git import Blob
 from hub_server import HubServer, User
 from huggingface_hub import CommitInfo, HfApi, constants
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from test_hub import MODELS, logits, pruned
 from transformers import (
     AutoModelForImageClassification,
@@ -62,6 +66,51 @@ def test_what_is_pushed_is_loaded_in_every_way(hub: HubServer, name: str) -> Non
         loaded = load(REPO).state_dict()
         assert loaded.keys() == model.state_dict().keys()
         assert all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
+
+
+RAW = """
+import sys
+sys.modules["px_hf"] = None
+import timm, torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification, pipeline
+images, found = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32), {}
+with torch.no_grad():
+    for repo in sys.argv[2:]:
+        found[f"{repo} timm"] = timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()(images)
+        found[repo] = AutoModelForImageClassification.from_pretrained(repo).eval()(images).logits
+        assert len(pipeline("image-classification", repo)(Image.new("RGB", (40, 40)))) == 3
+save_file(found, sys.argv[1])
+"""
+
+
+def test_models_of_timm_are_loaded_by_timm_transformers_and_px_hf(hub: HubServer, tmp_path: Path) -> None:
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    models = {
+        "alice/resnet": timm.create_model("test_resnet", num_classes=3),
+        "alice/vit": timm.create_model("test_vit", num_classes=3, img_size=32),
+    }
+    masks = {repo: px.prune(m, [], px.Magnitude(), sparsity=0.8, progress=False) for repo, m in models.items()}
+    for repo, model in models.items():
+        masks[repo].apply_(model.eval())
+        px.push_to_hub(model, masks[repo], repo, provenance={"criterion": "Magnitude()"})
+    environment = {**os.environ, **hub.environment(tmp_path / "home", "hf_alice")}
+    command = [sys.executable, "-c", RAW, str(tmp_path / "found"), *models]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "found")
+    for repo, model in models.items():
+        ours = px.from_pretrained(repo).eval()
+        assert type(ours) is type(model)
+        with torch.no_grad():
+            expected = model(images)
+            for given in (found[repo], found[f"{repo} timm"], ours(images)):
+                torch.testing.assert_close(given, expected, atol=1e-6, rtol=1e-5)
+        assert px.Masks.from_pretrained(repo) == masks[repo]
+        card = hub.repos[repo].files("main")["README.md"].content.decode()
+        assert f"`test_{repo.removeprefix('alice/')}`, 3 classes" in card
+        assert "library_name: timm" in card
 
 
 def test_a_second_push_of_the_same_makes_no_commit_and_sends_no_weights(hub: HubServer) -> None:
@@ -404,6 +453,37 @@ def test_a_broken_download_is_an_error_and_a_retry_completes(
     for path in paths:
         hub.fail("GET", path, times=99, **fault)
     with pytest.raises(px.CheckpointError):
+        px.from_pretrained(REPO)
+    hub.faults.clear()
+    assert torch.equal(logits(px.from_pretrained(REPO).eval()), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"revision": "none"}, "Revision Not Found|Invalid rev id"),
+        ({"token": "hf_bob"}, "Repository Not Found|Repository not found"),
+        ({"token": False}, "Repository Not Found|Invalid username"),
+        ({"token": "hf_nobody"}, "Invalid credentials|401"),
+    ],
+)
+def test_what_may_not_be_loaded_is_an_error_that_names_the_repository(
+    hub: HubServer, more: dict[str, Any], message: str
+) -> None:
+    push_to_hub(*pruned(), private=True)
+    for load in (px.from_pretrained, px.Masks.from_pretrained):
+        with pytest.raises(px.CheckpointError, match=f"(?s)'{REPO}'.*({message})"):
+            load(REPO, **more)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 409, 429, 500])
+@pytest.mark.parametrize("path", ["sparse/config.json", "sparse/model.safetensors"])
+def test_an_error_of_the_hub_while_loading_is_an_error(hub: HubServer, path: str, status: int) -> None:
+    model, masks = pruned()
+    push_to_hub(model, masks)
+    for method in ("GET", "HEAD"):
+        hub.fail(method, f"/resolve/[^/]+/{path}", times=99, status=status)
+    with pytest.raises(px.CheckpointError, match=REPO):
         px.from_pretrained(REPO)
     hub.faults.clear()
     assert torch.equal(logits(px.from_pretrained(REPO).eval()), logits(model))
