@@ -31,8 +31,8 @@ _KEEP = {
 """How the masks are kept: for a model of transformers, and for one of timm alone."""
 _SPLITS = {"test": "test", "eval": "validation"}
 _FILES = {
-    "sparse/": "compact: the kept weights and where they are",
     "model": "dense, with the zeros",
+    "sparse/": "compact: the kept weights and where they are",
     MASKS_FILE: "which weights are kept, one bit each",
 }
 
@@ -56,7 +56,6 @@ def model_card(
     Raises InvalidArgumentError if a result is not a finite number.
     """
     px, results = config["px"], _checked(results or {})
-    shown = [(name, what) for name in sorted(files) if (what := _description(name))]
     library = "timm" if "architecture" in config else "transformers"
     rows = [
         (f"{label}, {split}", key)
@@ -75,7 +74,7 @@ def model_card(
         compared=any(f"dense_{key}" in results for _, key in rows),
         costs=_costs(report),
         has_macs=report.macs is not None,
-        files=[(f"`{name}`", _size(files[name]), what) for name, what in shown],
+        files=_weights(files),
         stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files),
         pipeline=library == "timm" or "preprocessor_config.json" in files,
         revision="" if revision is None else f', revision="{revision}"',
@@ -212,10 +211,15 @@ def _stock_code(library: str, repo_id: str, revision: str | None, has_processor:
     return "\n".join([f"from transformers import {', '.join(names)}", "", *lines])
 
 
-def _description(name: str) -> str | None:
-    """What a file of weights is; None for other files."""
-    kinds = (what for start, what in _FILES.items() if name.startswith(start))
-    return next(kinds, None) if name.endswith(".safetensors") else None
+def _weights(files: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Name, size and kind of the files of weights; the shards of a large model count as one."""
+    rows = []
+    for start, what in _FILES.items():
+        names = [name for name in sorted(files) if name.startswith(start) and name.endswith(".safetensors")]
+        if names:
+            shown = f"`{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "")
+            rows.append((shown, _size(sum(files[name] for name in names)), what))
+    return rows
 
 
 def _checked(results: Mapping[str, float]) -> dict[str, float]:

@@ -88,12 +88,13 @@ def push_to_hub(
     commit_message: str | None = None,
     commit_description: str | None = None,
     create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
     overwrite_card: bool = False,
     dry_run: bool = False,
 ) -> CommitInfo | Upload | None:
     """Push the masked model to a repository of the Hub, which is created if there is none.
 
-    `model`, `masks`, `image_processor`, `provenance`: as for `save_pretrained`.
+    `model`, `masks`, `image_processor`, `provenance`, `max_shard_size`: as for `save_pretrained`.
     `results`, for the card: numbers by the names that Trainer gives them, such as `test_accuracy`, `eval_accuracy`
     and, of the unpruned model, `dense_test_accuracy`; accuracies are fractions.
     `model_report`, for the card: by default `report(model, masks)`.
@@ -128,6 +129,7 @@ def push_to_hub(
                 folder,
                 image_processor=image_processor,
                 provenance={**_base_model(model, repo_id), **(provenance or {})},
+                max_shard_size=max_shard_size,
             )
             if masks.kept < masks.total:
                 plot_layer_sparsity(masks, folder / PLOT_FILE)

@@ -224,6 +224,12 @@ def test_timm_models_are_those_of_timm(about: Report) -> None:
     assert f"px_hf 0.1.0, px_hf commit {'f' * 40}" in alone.text
 
 
+def test_shards_count_as_one(about: Report) -> None:
+    shards = {f"model-0000{k}-of-00003.safetensors": 10**9 for k in (1, 2, 3)}
+    row = ["model-00001-of-00003.safetensors and 2 more", "3 GB", "dense, with the zeros"]
+    assert row in Page(card(about, files=shards)).rows
+
+
 def test_a_dense_baseline_is_called_so(about: Report) -> None:
     dense = {**SAVED, "sparsity": 0.0, "weights_kept": 5912}
     text = model_card("alice/dense", {**CONFIG, "px": {"criterion": "none (dense)", **dense}}, FILES, about)

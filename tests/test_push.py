@@ -172,6 +172,20 @@ def test_other_files_stay_and_weights_of_an_older_push_do_not(hub: HubServer) ->
     assert not (old - {"notes.txt"}) & files.keys()
 
 
+def test_shards_are_pushed_and_replaced(hub: HubServer) -> None:
+    model, masks = pruned()
+    push_to_hub(model, masks, max_shard_size="20KB")
+    shards = {name for name in hub.repos[REPO].files("main") if re.search(r"-of-\d+\.safetensors", name)}
+    assert len(shards) >= 2
+    for load in (px.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        assert torch.equal(logits(load(REPO).eval()), logits(model))
+    model.classifier.bias.data += 1
+    push_to_hub(model, masks)
+    assert not shards & hub.repos[REPO].files("main").keys()
+    for load in (px.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        assert torch.equal(logits(load(REPO).eval()), logits(model))
+
+
 def test_an_edited_card_stays(hub: HubServer) -> None:
     model, masks = pruned()
     push_to_hub(model, masks)
