@@ -151,10 +151,18 @@ def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
     if not px["weights_kept"] < px["weights"]:
         return f"{', '.join(facts)}. Nothing is pruned: a dense baseline."
     by = f" by {_code(px['criterion'])}" if px.get("criterion") else ""
+    if _control(px):
+        by += f" and then, as a control, changed ({_text(_control(px))})"
     return (
         f"{', '.join(facts)}. **{100 * px['sparsity']:.4g} %** of its prunable weights were pruned{by} with px_hf: "
         f"{px['weights_kept']:,} of {px['weights']:,} are left, the rest are exact zeros."
     )
+
+
+def _control(px: Mapping[str, Any]) -> str | None:
+    """How the found subnetwork was changed to compare with it, if it was."""
+    control = px.get("control")
+    return None if control in (None, "none") else str(control)
 
 
 def _costs(report: Report) -> list[tuple[str, str, str]]:
@@ -171,6 +179,7 @@ def _settings(px: Mapping[str, Any]) -> list[tuple[str, str]]:
     calibration = px.get("calibration") or {}
     base, revision = px.get("base_model"), px.get("base_revision")
     known: list[tuple[str, Any]] = [
+        ("control", _control(px)),
         ("masks of", px.get("masks_from")),
         ("sparsity", f"{100 * px['sparsity']:.6g} %"),
         ("rounds", px.get("rounds")),

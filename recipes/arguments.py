@@ -248,7 +248,10 @@ def parse(argv: Sequence[str]) -> Arguments:
             if any(getattr(named, f.name) for f in fields(DataSource))
             else {**EXAMPLE, "compare_dense": not named.keep_masks}
         ),
+        pushes=True,
     )
+    if prune.keep_masks and prune.control != "none":
+        raise px.InvalidArgumentError("--control changes masks, and --keep_masks keeps them. Leave one out.")
     if prune.keep_masks and (prune.dense or prune.compare_dense):
         other = "--dense" if prune.dense else "--compare_dense"
         raise px.InvalidArgumentError(
@@ -272,10 +275,12 @@ def parse_groups(
     groups: Sequence[type],
     usage: str,
     example: Callable[[argparse.Namespace], Mapping[str, Any]],
+    pushes: bool = False,
 ) -> list[Any]:
     """One object for each of the dataclasses `groups`; `example` tells other defaults, given what was named.
 
-    **Raises** `InvalidArgumentError` for an unknown argument or an unreadable `--config`.
+    **Raises** `InvalidArgumentError` for an unknown argument, an unreadable `--config`, or `--push_to_hub` of a
+    recipe that does not.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
@@ -290,6 +295,10 @@ def parse_groups(
         close = difflib.get_close_matches(unknown[0], known, n=1)
         raise px.InvalidArgumentError(
             f"Unknown arguments: {' '.join(unknown)}." + (f" Did you mean {close[0]}?" if close else "")
+        )
+    if not pushes and any(getattr(group, "push_to_hub", False) for group in found):
+        raise px.InvalidArgumentError(
+            "--push_to_hub is for recipes/prune_finetune.py: this recipe makes no one model."
         )
     return found
 

@@ -236,6 +236,13 @@ def test_a_dense_baseline_is_called_so(about: Report) -> None:
     assert "Nothing is pruned: a dense baseline." in Page(text).text
 
 
+def test_a_control_is_not_taken_for_the_found_subnetwork(about: Report) -> None:
+    page = Page(card(about, {**PX, "control": "shuffle"}))
+    assert "pruned by PX(paths='active', power=0.25) and then, as a control, changed (shuffle)" in page.text
+    assert ["control", "shuffle"] in page.rows
+    assert "control" not in Page(card(about, {**PX, "control": "none"})).text
+
+
 def test_names_cannot_break_the_page(about: Report) -> None:
     evil = {"dataset": "a | b\n\n# c <script>alert(1)</script>", "base_model": "x | <img src=y>\n| z", "scope": "|"}
     evil |= {"criterion": "` <b> | ![a](http://b)", "masks_from": "![a](http://b) [c](http://d) *e* \\"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -200,6 +201,7 @@ def test_without_keep_masks_a_sparse_backbone_is_pruned_anew_and_that_is_said(
     [
         (["--keep_masks", "--dense"], px.InvalidArgumentError, "--dense needs the unpruned network"),
         (["--keep_masks", "--compare_dense", "true"], px.InvalidArgumentError, "--compare_dense needs the unpruned"),
+        (["--keep_masks", "--control", "shuffle"], px.InvalidArgumentError, "--control changes masks"),
         (
             ["--keep_masks"],
             px.CheckpointError,
@@ -211,6 +213,12 @@ def test_keep_masks_needs_masks(folder: Path, more: list[str], error: type[Excep
     with pytest.raises(error, match=message):
         run_here(settings(folder, "bad", *more))
     assert not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluate_downstream", "transfer"])
+def test_recipes_that_do_not_push_say_so(name: str) -> None:
+    with pytest.raises(px.InvalidArgumentError, match=r"--push_to_hub is for recipes/prune_finetune.py"):
+        importlib.import_module(name).parse(["--push_to_hub"])
 
 
 def test_a_push_that_will_be_refused_is_refused_before_the_training(
