@@ -20,8 +20,10 @@ PRUNABLE_LAYERS: Final = (
 )
 """Layers whose weights can be pruned. Subclasses count."""
 
-HEAD_NAMES: Final = ("classifier", "fc", "head", "heads", "cls_classifier", "distillation_classifier")
-"""Attributes of a model that are taken for its classifier where the model does not say it itself."""
+HEAD_NAMES: Final = (
+    "classifier", "fc", "head", "heads", "cls_classifier", "distillation_classifier", "decode_head", "auxiliary_head",
+)  # fmt: skip
+"""Attributes of a model that are taken for its classifier or decoder where the model does not say it itself."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,13 +1,17 @@
-"""One picture of a downstream evaluation: a panel for each task."""
+"""Pictures of an evaluation: accuracy with a panel for each task, and maps of classes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from PIL import Image
 
 from ..plots import _DPI, _save
 from .page import METHODS
@@ -74,3 +78,25 @@ def _shades(subjects: list[Mapping[str, Any]]) -> list[float]:
         kin = sorted({s["sparsity"] for s in subjects if s["kind"] == subject["kind"]})
         shades.append(1 - 0.6 * kin.index(subject["sparsity"]) / max(1, len(kin) - 1))
     return shades
+
+
+def plot_segmentation(
+    images: Sequence[Image.Image], maps: Mapping[str, Sequence[np.ndarray]], labels: Sequence[str],
+    path: str | os.PathLike[str],
+) -> None:  # fmt: skip
+    """A row for each image: the image, then its maps `[H, W]` by name, a colour for each class, white where < 0."""
+    figure = Figure(figsize=(1.9 * (1 + len(maps)), 1.9 * len(images) + 0.7), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(len(images), 1 + len(maps), squeeze=False)
+    colours = colormaps["tab20" if len(labels) > 10 else "tab10"].resampled(max(10, len(labels)))
+    for row, image in enumerate(images):
+        panels[row, 0].imshow(image)
+        for column, (name, drawn) in enumerate(maps.items(), start=1):
+            shown = np.ma.masked_less(drawn[row], 0)
+            panels[row, column].imshow(shown, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest")
+            panels[0, column].set_title(name, fontsize=10)
+    for axes in panels.flat:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    handles = [Patch(color=colours(k), label=label) for k, label in enumerate(labels[:20])]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
+    _save(figure, path)
