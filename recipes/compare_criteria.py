@@ -101,6 +101,10 @@ class CompareArguments:
     examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
     scoring_batch_size: int = field(default=50, metadata={"help": "Images scored at once."})
     rounds: int = field(default=20, metadata={"help": "Rounds of criteria whose scores change as weights go."})
+    recalibrate_batchnorm: bool = field(
+        default=False,
+        metadata={"help": "Estimate the BatchNorm statistics of the pruned network anew, on the calibration images."},
+    )
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning; 0 for none."})
     batch_size: int = field(default=64, metadata={"help": "Of fine-tuning."})
     optimizer: str = field(

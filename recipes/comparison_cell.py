@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from comparison_data import Pixels, Task, load, set_head_
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
@@ -94,6 +95,7 @@ class Budget:
     examples_per_class: int
     scoring_batch_size: int
     rounds: int
+    recalibrate_batchnorm: bool
     num_train_epochs: float
     batch_size: int
     optimizer: str
@@ -150,6 +152,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             masks.apply_(model)
             seconds["prune"] = round(time.perf_counter() - start, 2)
             result["forward_units"] = forward_units(model, batches, method)
+        if budget.recalibrate_batchnorm:
+            recalibrate_(model, batches)
         result["masks"] = masks.fingerprint()
         result["empty_layers"] = sum(not bool(mask.any()) for mask in masks.values())
     result["zero_shot"] = zero_shot(task, model, report)
@@ -186,6 +190,24 @@ def _convolution_backward(
 
 
 _GROUPED = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
+@torch.no_grad()
+def recalibrate_(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """BatchNorm statistics of the pruned network: the mean of those of the calibration batches, in place."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's cumulative average
+        norm.train()
+    device = next(model.parameters()).device
+    for batch in batches:
+        model(pixel_values=batch["pixel_values"].to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def zero_shot(task: Task, model: nn.Module, report: Pixels) -> float | None:
