@@ -29,7 +29,7 @@ DEFLATED_GAPS = "deflated-gaps"
 CODINGS = (BITS, DEFLATED_BITS, DEFLATED_GAPS)
 
 _LONG = 255  # the gap byte that does not end its gap
-_PART = 1 << 18  # weights or gaps that are decoded at a time: their positions take 2 MB
+_PART = 1 << 16  # weights or gaps that are decoded at a time: their positions take 512 KB
 
 
 def encode(mask: NDArray[np.bool_]) -> tuple[str, bytes]:

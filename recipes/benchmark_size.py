@@ -1,0 +1,201 @@
+"""How small a compact copy is, and how long it takes to load: the tables of docs/COMPACT_FORMAT.md.
+
+    OMP_NUM_THREADS=1 python recipes/benchmark_size.py --output sizes.md
+
+Ten minutes on two CPU cores, 3 GB of memory, 1 GB of disk, no network. ResNet-50 and ViT-B/16 of transformers get
+random weights (sizes do not depend on their values) and are pruned by magnitude over all layers, whose densities then
+differ, and at random. Expected: sizes at most 1 % above the entropy bound. Times are of one machine: read the ratios.
+
+Sizes. "bound" is `n·H(sparsity) + kept·bits` for the prunable weights plus all else as it is; "zipped" is the dense
+file as `zip` makes it (DEFLATE, level 6).
+
+Times are seconds from the call until the logits of one image are there, because safetensors maps a dense file into
+memory and reads none of it before the first forward. "cold": the file is not in the system's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.utils import logging
+
+import px_hf as px
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "ResNet-50": lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)),
+    "ViT-B/16": lambda: ViTForImageClassification(ViTConfig(num_labels=1000)),
+}
+CRITERIA = {"magnitude": px.Magnitude(), "random": px.Random(seed=0)}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # bfloat16 takes what float16 takes
+LOADERS = {
+    "dense": lambda folder: AutoModelForImageClassification.from_pretrained(folder),
+    "compact, px_hf": lambda folder: px.from_pretrained(folder),
+    "compact, transformers": lambda folder: AutoModelForImageClassification.from_pretrained(
+        folder, subfolder="sparse"
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9, 0.95, 0.98])
+    parser.add_argument("--repeats", type=int, default=5, help="loads of each kind; the median is shown")
+    parser.add_argument("--output", type=Path, help="also write the tables to this file")
+    parser.add_argument("--peak", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.peak:
+        print(peak_mib(*args.peak))
+        return
+    sizes = ["| model | pruned by | dtype | sparsity | bound | compact | over bound | dense | dense, zipped |"]
+    sizes += ["|" + "---|" * 9]
+    loads = [
+        "| model | sparsity | loaded | returns | logits | logits, cold | to dense | cold, to dense | peak memory |"
+    ]
+    loads += ["|" + "---|" * 9]
+    for name in args.models:
+        for criterion in CRITERIA:
+            for sparsity in args.sparsities:
+                sizes += size_rows(name, criterion, sparsity)
+        for sparsity in args.sparsities:
+            loads += load_rows(name, sparsity, args.repeats)
+    text = "\n".join([*sizes, "", *loads]) + "\n"
+    print(text)
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+
+
+def pruned(name: str, criterion: str, sparsity: float) -> tuple[PreTrainedModel, px.Masks]:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    masks = px.prune(model, [], CRITERIA[criterion], sparsity=sparsity, progress=False)
+    masks.apply_(model)
+    return model, masks
+
+
+def size_rows(name: str, criterion: str, sparsity: float) -> list[str]:
+    model, masks = pruned(name, criterion, sparsity)
+    rows = []
+    for short, dtype in DTYPES.items():
+        model.to(dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            px.save_pretrained(model, masks, Path(folder, "out"))
+            dense, compact = Path(folder, "out/model.safetensors"), Path(folder, "out/sparse/model.safetensors")
+            others = sum(tensor.nbytes for key, tensor in model.state_dict().items() if key not in masks)
+            bound = others + masks.total * entropy(masks.sparsity) / 8 + masks.kept * dtype.itemsize
+            size = compact.stat().st_size
+            zipped = f"{zipped_bytes(dense) / 1e6:.2f} MB" if (criterion, short) == ("magnitude", "fp32") else ""
+            rows.append(
+                f"| {name} | {criterion} | {short} | {sparsity:.0%} | {bound / 1e6:.2f} MB | {size / 1e6:.2f} MB "
+                f"| {size / bound - 1:+.2%} | {dense.stat().st_size / 1e6:.1f} MB | {zipped} |"
+            )
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def load_rows(name: str, sparsity: float, repeats: int) -> list[str]:
+    model, masks = pruned(name, "magnitude", sparsity)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        px.save_pretrained(model, masks, out)
+        del model, masks
+        times: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in LOADERS}
+        for _ in range(repeats + 1):
+            for kind in LOADERS:  # in turn, so that the machine's other work meets all alike
+                evict(out)
+                _, cold = timed(kind, out)
+                times[kind].append((*timed(kind, out), cold))
+        rows, first = [], None
+        for kind, seconds in times.items():
+            returns, logits, cold = (statistics.median(column) for column in list(zip(*seconds[1:], strict=True)))
+            first = first or (logits, cold)
+            command = [sys.executable, __file__, "--peak", kind, str(out)]
+            peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            rows.append(
+                f"| {name} | {sparsity:.0%} | {kind} | {returns:.3f} s | {logits:.3f} s | {cold:.3f} s "
+                f"| {logits / first[0]:.2f} | {cold / first[1]:.2f} | {peak} MiB |"
+            )
+            print(rows[-1], file=sys.stderr)
+    return rows
+
+
+@torch.inference_mode()
+def timed(kind: str, folder: Path) -> tuple[float, float]:
+    """Seconds until the model is returned, and until its first logits are there."""
+    image = torch.zeros(1, 3, 224, 224)
+    start = time.perf_counter()
+    model = LOADERS[kind](folder)
+    returned = time.perf_counter() - start
+    model(image)
+    return returned, time.perf_counter() - start
+
+
+def peak_mib(kind: str, folder: str) -> int:
+    """What loading a model and reading all its weights adds to this process's memory at the peak, in MiB.
+
+    Pages of a file that is mapped into memory count, though the system may drop them. Linux only.
+    """
+    with torch.device("meta"):  # what is imported on the way is not the model's
+        AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
+    model = LOADERS[kind](folder)
+    for tensor in model.state_dict().values():
+        tensor.sum()
+    return (status("VmHWM") - before) // 1024
+
+
+def status(entry: str) -> int:
+    """An entry of this process's status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry))
+
+
+def entropy(probability: float) -> float:
+    """Of a coin, in bits."""
+    rest = 1 - probability
+    return sum(-p * math.log2(p) for p in (probability, rest) if p)
+
+
+def zipped_bytes(file: Path) -> int:
+    stream, size = zlib.compressobj(6), 0
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            size += len(stream.compress(block))
+    return size + len(stream.flush())
+
+
+def evict(folder: Path) -> None:
+    """Ask the system to forget the cached content of all files in `folder`."""
+    if not hasattr(os, "posix_fadvise"):  # not on this platform: "cold" is then warm
+        return
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()
