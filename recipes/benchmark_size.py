@@ -4,7 +4,8 @@
 
 Ten minutes on two CPU cores, 3 GB of memory, 1 GB of disk, no network. ResNet-50 and ViT-B/16 of transformers get
 random weights (sizes do not depend on their values) and are pruned by magnitude over all layers, whose densities then
-differ, and at random. Expected: sizes at most 1.7 % above the entropy bound. Times are of one machine: read the ratios.
+differ, and at random. Expected: sizes at most 1.7 % above the entropy bound. Times are of one machine: read
+the ratios.
 
 Sizes. "bound" is `n·H(sparsity) + kept·bits` for the prunable weights plus all else as it is; "zipped" is the dense
 file as `zip` makes it (DEFLATE, level 6).
