@@ -44,6 +44,7 @@ def model_card(
     report: Report,
     *,
     results: Mapping[str, float] | None = None,
+    downstream: Mapping[str, Any] | None = None,
     license: str | None = None,
     revision: str | None = None,
 ) -> str:
@@ -52,9 +53,12 @@ def model_card(
     `config`: its `config.json`, with the entry "px". `files`: name -> size in bytes of what goes to the Hub.
     `results`: numbers by the names that Trainer gives them: `test_accuracy` or `eval_accuracy` (of a validation
     split) of the pruned model, as fractions, and the same with `dense_` in front for the unpruned one.
+    `downstream`: the content of `downstream.json`, as `px_hf.evaluation.page` describes it.
 
     Raises InvalidArgumentError if a result is not a finite number.
     """
+    from .evaluation.page import markdown  # which needs scikit-learn
+
     px, results = config["px"], _checked(results or {})
     library = "timm" if "architecture" in config else "transformers"
     rows = [
@@ -64,7 +68,7 @@ def model_card(
         if key in results
     ]
     card = ModelCard.from_template(
-        _metadata(repo_id, px, library, results, license),
+        _metadata(repo_id, px, library, results, downstream, license),
         template_path=str(_TEMPLATE),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -72,6 +76,7 @@ def model_card(
         summary=_summary(config, px),
         results=[(label, *(_number(key, results.get(of)) for of in (f"dense_{key}", key))) for label, key in rows],
         compared=any(f"dense_{key}" in results for _, key in rows),
+        downstream=markdown(downstream).rstrip() if downstream else "",
         costs=_costs(report),
         has_macs=report.macs is not None,
         files=_weights(files),
@@ -100,8 +105,15 @@ def _signed(text: str) -> str:
 
 
 def _metadata(
-    repo_id: str, px: Mapping[str, Any], library: str, results: Mapping[str, float], license: str | None
+    repo_id: str,
+    px: Mapping[str, Any],
+    library: str,
+    results: Mapping[str, float],
+    downstream: Mapping[str, Any] | None,
+    license: str | None,
 ) -> ModelCardData:
+    from .evaluation.page import model_index
+
     base, dataset = _hub_base(px), str(px.get("dataset_id") or px.get("dataset") or "")
     evaluations = [
         EvalResult(
@@ -115,9 +127,11 @@ def _metadata(
         for prefix, split in _SPLITS.items()
         if f"{prefix}_accuracy" in results and dataset
     ]
+    evaluations += model_index(downstream) if downstream else []
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
     if evaluations:
-        more |= {"model_name": repo_id.split("/")[-1], "eval_results": evaluations, "metrics": ["accuracy"]}
+        more |= {"model_name": repo_id.split("/")[-1], "eval_results": evaluations}
+        more["metrics"] = sorted({evaluation.metric_type for evaluation in evaluations})
     return ModelCardData(
         library_name=library,
         license=license,

@@ -23,8 +23,8 @@ from tasks import Task
 from transformers import PrinterCallback
 
 import px_hf as px
-from px_hf.data import Augment, ClassificationTask, Preprocess
-from px_hf.distributed import on_main, processes
+from px_hf.data import Augment, ClassificationTask, Preprocess, Split
+from px_hf.distributed import on_main, processes, raise_together
 from px_hf.evaluation import PROBES, Examples, FeatureCache, classification_scores, head_inputs
 from px_hf.evaluation.features import features_key
 from px_hf.evaluation.figure import plot_downstream
@@ -82,8 +82,8 @@ class Evaluation:
             self._show(results)
         return sum(record["error"] is not None for record in results["tasks"].values())
 
-    def notes(self) -> list[str]:
-        """What a reader must know to read the numbers."""
+    def notes(self, random: bool) -> list[str]:
+        """What a reader must know to read the numbers; `random`: whether random masks are among the models."""
         probes = [METHODS[method] for method in self.methods if method in PROBES]
         told = []
         if probes:
@@ -102,7 +102,7 @@ class Evaluation:
             "Intervals are for other test images of the same kind, not for other training seeds: Wilson's for "
             "accuracy and top-5, a bootstrap of 1,000 resamples for macro F1 and balanced accuracy.",
             "Calibration error: expected, of the predicted class, 15 bins of equal width, no interval.",
-            "Random: the dense model under a mask with the same density in each layer, drawn at random.",
+            *["Random: the dense model under a mask with the same density in each layer, drawn at random."] * random,
         ]
 
     def _file(self, task: Task) -> Path:
@@ -140,6 +140,8 @@ class Evaluation:
         splits = {"train": data.train, "validation": data.validation, "test": data.test}
         record["examples"] = {name: len(split) for name, split in splits.items()}
         self.phases.say(f"{', '.join(f'{count:,} {name}' for name, count in record['examples'].items())} images")
+        if not PROBES.keys() & set(self.methods):  # whose features need every image before anything is trained
+            check_images([split.with_pixels(self.pixels) for split in splits.values()])
         for subject in subjects:
             done = record["results"].setdefault(subject.name, {})
             probes = [method for method in self.methods if method in PROBES and method not in done]
@@ -213,10 +215,28 @@ def probe(method: str, examples: dict[str, Examples], classes: int, seed: int) -
     }
 
 
+def check_images(splits: list[Split], batch_size: int = 64) -> None:
+    """Reads every image once, processes in turns: one that met a bad image alone in training would leave the others
+    waiting. **Raises** `DataError`, on every process alike."""
+    group = processes()
+    problem: px.PxError | None = None
+    batches = [
+        (split, range(start, min(start + batch_size, len(split))))
+        for split in splits
+        for start in range(0, len(split), batch_size)
+    ]
+    try:
+        for split, positions in batches[group.rank :: group.world_size]:
+            split.__getitems__(positions)
+    except px.PxError as error:
+        problem = error
+    raise_together(problem)
+
+
 def finetune(
     subject: Subject, task: Task, data: ClassificationTask, training: FineTuneArguments, pixels: Preprocess
 ) -> dict[str, Any]:
-    """Trained on train with the masks kept, scored on test."""
+    """Trained on train with the masks kept, scored on test: every test image once, however many processes."""
     start = time.perf_counter()
     model = subject.load(data.labels, training)
     augment = Augment(pixels, task.data.random_crop, task.data.horizontal_flip)
@@ -232,6 +252,10 @@ def finetune(
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     if masks is not None and (revived := masks.revived(model)):
         raise px.TargetError(f"{sum(revived.values())} pruned weights are not zero after training.")
+    if not np.array_equal(output.label_ids, data.test.labels):
+        raise RuntimeError(
+            f"{len(output.label_ids)} predictions do not belong to the {len(data.test)} test images in their order."
+        )
     probabilities = torch.softmax(torch.from_numpy(np.asarray(logits, dtype=np.float64)), -1).numpy()
     scores = classification_scores(probabilities, np.asarray(output.label_ids), seed=training.seed)
     return {"scores": scores, "seconds": round(time.perf_counter() - start, 2)}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from arguments import ModelArguments
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import px_hf as px
 from px_hf.hub import OF_MASKS
 
 
-def is_sparse(model: PreTrainedModel) -> bool:
+def is_sparse(config: PreTrainedConfig) -> bool:
     """Whether the configuration says that px_hf pruned the model."""
-    told = getattr(model.config, "px", None) or {}
+    told = getattr(config, "px", None) or {}
     return told.get("weights_kept", 0) < told.get("weights", 0)
 
 
