@@ -72,7 +72,8 @@ class Evaluation:
                 except Exception as error:
                     if processes().world_size > 1 and not isinstance(error, px.PxError):
                         raise  # the other processes know nothing of it
-                    record["error"] = f"{type(error).__name__}: {error}"
+                    named = "" if repr(task.name) in str(error) else f"Task {task.name!r}: "
+                    record["error"] = f"{type(error).__name__}: {named}{error}"
                     self.phases.say(f"Failed. {record['error']}")
                 results["tasks"][task.name] = record
         if processes().is_main:

@@ -10,7 +10,7 @@ from typing import Any
 
 from arguments import FineTuneArguments, ModelArguments, ScoringArguments
 from backbone import load_model
-from sparse_backbone import is_sparse
+from sparse_backbone import is_sparse, read_masks
 from transformers import AutoConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -83,8 +83,7 @@ def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[li
             )
         return [Subject("dense", "dense", model_args)], []
 
-    download = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
-    masks = px.Masks.from_pretrained(model_args.model_name_or_path, **download)
+    masks = read_masks(model_args, config)
     model = Subject(f"pruned {_percent(masks)}", "pruned", model_args, masks)
     notes = []
     told = str(entry.get("base_model") or "")
