@@ -23,8 +23,9 @@ from tasks import Task
 from transformers import PrinterCallback
 
 import px_hf as px
-from px_hf.data import Augment, ClassificationTask, Preprocess, Split
-from px_hf.distributed import on_main, processes, raise_together
+from px_hf.data import Augment, ClassificationTask, Preprocess
+from px_hf.data.check import read_all
+from px_hf.distributed import on_main, processes
 from px_hf.evaluation import PROBES, Examples, FeatureCache, classification_scores, head_inputs
 from px_hf.evaluation.features import features_key
 from px_hf.evaluation.figure import plot_downstream
@@ -142,7 +143,8 @@ class Evaluation:
         record["examples"] = {name: len(split) for name, split in splits.items()}
         self.phases.say(f"{', '.join(f'{count:,} {name}' for name, count in record['examples'].items())} images")
         if not PROBES.keys() & set(self.methods):  # whose features need every image before anything is trained
-            check_images([split.with_pixels(self.pixels) for split in splits.values()])
+            ready = [split.with_pixels(self.pixels) for split in splits.values()]
+            read_all(ready, progress=not self.training.disable_tqdm)
         for subject in subjects:
             done = record["results"].setdefault(subject.name, {})
             probes = [method for method in self.methods if method in PROBES and method not in done]
@@ -214,24 +216,6 @@ def probe(method: str, examples: dict[str, Examples], classes: int, seed: int) -
         "note": fitted.note,
         "seconds": round(time.perf_counter() - start, 2),
     }
-
-
-def check_images(splits: list[Split], batch_size: int = 64) -> None:
-    """Reads every image once, processes in turns: one that met a bad image alone in training would leave the others
-    waiting. **Raises** `DataError`, on every process alike."""
-    group = processes()
-    problem: px.PxError | None = None
-    batches = [
-        (split, range(start, min(start + batch_size, len(split))))
-        for split in splits
-        for start in range(0, len(split), batch_size)
-    ]
-    try:
-        for split, positions in batches[group.rank :: group.world_size]:
-            split.__getitems__(positions)
-    except px.PxError as error:
-        problem = error
-    raise_together(problem)
 
 
 def finetune(
