@@ -727,16 +727,35 @@ class Attention(nn.Module):
         return out
 
 
-def test_a_hidden_token_is_not_an_absent_one() -> None:
-    """Value paths of active attention ignore it, but the credit of Q and K averages over all tokens, and
-    Eq. 9 counts it in N, the number of keys."""
+def test_queries_and_keys_gate_each_other_on_active_paths() -> None:
+    """S(W_Q) and S(W_K) entry by entry: the flow through A_il, shared in proportion to the terms of Q_i² · K_l²."""
+    torch.manual_seed(0)
+    model = Attention(3).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    scores = px.PX(paths="active").score(model, [x], prune_head=True)
+    q2, k2, v2, o2 = (p.detach().square().tolist() for p in model.parameters())
+    found = {n: torch.zeros(4, 4, dtype=torch.float64) for n in ("q.weight", "k.weight")}
+    steps = range(4)
+    for one in x:
+        query, key = model.q(one).detach(), model.k(one).detach()
+        pattern = (query @ key.T / 2).softmax(1).tolist()
+        square = one.square().tolist()
+        for i, line in itertools.product(range(3), repeat=2):
+            into = [sum(v2[d][c] * square[line][c] for c in steps) for d in steps]
+            flow = sum(o2[k][d] * into[d] for k in range(3) for d in steps) * pattern[i][line] ** 2 / 9
+            for name, weight, token, gate in (("q", q2, i, key[line]), ("k", k2, line, query[i])):
+                terms = [[weight[d][c] * square[token][c] * float(gate[d]) ** 2 for c in steps] for d in steps]
+                found[f"{name}.weight"] += flow * torch.tensor(terms, dtype=torch.float64) / sum(map(sum, terms))
+    assert_same({n: scores[n] for n in found}, found)
+
+
+def test_a_hidden_token_is_an_absent_one_on_active_paths_only() -> None:
+    """Nothing flows through a pattern of 0; Eq. 9 counts the token in N, the number of keys."""
     torch.manual_seed(0)
     model = Attention(3).double()
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     torch.testing.assert_close(model(x), model(x[:, :3]))
-    active = [px.PX(paths="active").score(model, [y], prune_head=True) for y in (x, x[:, :3])]
-    assert_same(*({n: s[n] for n in ("v.weight", "o.weight")} for s in active))
-    assert spread(*({n: s[n] for n in ("q.weight", "k.weight")} for s in active)) > 0.1
+    assert_same(*(px.PX(paths="active").score(model, [y], prune_head=True) for y in (x, x[:, :3])))
     hidden, absent = (px.PX().score(model, [y], prune_head=True) for y in (x, x[:, :3]))
     assert total(hidden) > 1.1 * total(absent)
     assert spread(hidden, absent) < 1e-9  # in g all tokens are alike, so the ranking is the same

@@ -7,8 +7,9 @@ A V, with A softmax(QKᵀ) frozen  N·A∘A on the values   mean over the N toke
 ================================ ===================== =======================
 
 N·A∘A·(1/N) = A∘A is what one stream carries. The weights behind Q and K share the flow of their
-head by conservation, see `px_hf.ops.gates`: u = q̃·k̃, the product of the path sums of queries and
-keys, each averaged over tokens.
+head by conservation, see `px_hf.ops.gates`. On active paths Q and K gate each other: for query i and
+key l, u = Σ_d q̃_id K_ld² hands the flow through A_il to Q, u = Σ_d Q_id² k̃_ld hands it to K. With all
+gates open (g) u = Σ_d q̃_d k̃_d, both averaged over tokens.
 
 Linear attention φ(Q) (φ(K)ᵀ V) has no pattern, but its factors mix in the same way. In a product of
 two activations the one that comes from an activation function mixes the other; one that is itself
@@ -17,6 +18,7 @@ mixed already (φ(K)ᵀ V) is mixed by the other. Between equals it is a pattern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call, times
-from .companions import Flow, Gate, Paths
+from .companions import Flow, Gate, Paths, Source
 from .gates import branch, unit_gain
 from .linear import matrix_product
 from .registry import decomposition, rule, variants
@@ -41,30 +43,46 @@ def _mix(call: Call, pattern: Tensor, credit: Tensor | None, values: Tensor) -> 
         squared = squared * tokens
 
     def fn(s: Tensor) -> Tensor:
-        if credit is not None and credit.shape[-2:] == (1, 1):
-            s = s * credit
         if squared is not None:
-            mixed = squared if credit is None or credit.shape[-2:] == (1, 1) else squared * credit
-            return mixed @ s
-        if credit is not None and credit.shape[-2:] != (1, 1):
-            return (credit.expand(pattern.shape) / tokens) @ s
+            return times(squared, credit).expand(pattern.shape) @ s
+        if credit is not None:
+            return (credit / tokens).expand(pattern.shape) @ s
         return s.mean(-2, keepdim=True).expand(*s.shape[:-2], pattern.shape[-2], s.shape[-1])
 
     return call.flow(fn, values, gating=MIXED)
 
 
-def _scores(query: Paths, key: Paths, key_transposed: bool, groups: int = 1) -> Gate:
-    """The companion of Q Kᵀ: u of each head, [..., 1, 1]."""
+def _scores(
+    call: Call,
+    product: Callable[[Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    tokens: tuple[list[int], list[int]],
+) -> Gate:
+    """The companion of ``product(query, key)``, which is linear in both: see the head of this file.
 
-    def source(trunk: Paths) -> Tensor:
-        q = branch(query, trunk).mean(-2, keepdim=True)
-        k = branch(key, trunk)
-        if groups > 1:
-            k = k.repeat_interleave(groups, -3)
-        k = k.mean(-1, keepdim=True) if key_transposed else k.mean(-2, keepdim=True).mT
-        return q @ k
+    ``tokens``: the axes of each over which Q and K are averaged where gates are not read.
+    """
+    if not call.reading.weights:
+        return Gate(product=True)
+    factors = [(call.companion(value), value) for value in (query, key)]
+    if not call.reading.gates:
 
-    return Gate((source,), product=True)
+        def source(trunk: Paths) -> Tensor:
+            q, k = (
+                (branch(p, trunk) if isinstance(p, Paths) else torch.ones_like(value, dtype=call.dtype))
+                for p, value in factors
+            )
+            return product(*(f.mean(t, keepdim=True) if t else f for f, t in zip((q, k), tokens, strict=True)))
+
+        return Gate((source,), product=True)
+    sources: list[Source] = []
+    (q, query2), (k, key2) = [(p, value.to(call.dtype).square()) for p, value in factors]
+    if isinstance(q, Paths):
+        sources.append(lambda trunk: product(branch(q, trunk), key2))
+    if isinstance(k, Paths):
+        sources.append(lambda trunk: product(query2, branch(k, trunk)))
+    return Gate(tuple(sources), product=True)
 
 
 @rule(*variants("matmul", "bmm"), torch.Tensor.__rmatmul__)
@@ -74,7 +92,7 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Flow | Gate:
     first, second = call.companion(a), call.companion(b)
     both = isinstance(first, Paths) and isinstance(second, Paths)
     if both and call.gating(a) == call.gating(b):
-        return _scores(first, second, key_transposed=True)  # type: ignore[arg-type]
+        return _scores(call, torch.matmul, a, b, ([-2], [-1]))
     if isinstance(first, Gate) or (both and call.gating(a) > call.gating(b)):
         return _mix(call, a, call.credit(a, b), b)
     if isinstance(second, Gate) or both:
@@ -96,21 +114,8 @@ def einsum(call: Call, equation: str, *operands: Any) -> Flow | Gate:
     alive = [isinstance(call.companion(f), Paths) for f in factors]
     both = all(alive)
     if both and call.gating(factors[0]) == call.gating(factors[1]):
-        query, key = call.companion(factors[0]), call.companion(factors[1])
-        assert isinstance(query, Paths)
-        assert isinstance(key, Paths)
-        # u: both averaged over the tokens that the other does not know, which stay as sizes of one
-        tokens = [[n.index(c) for c in n if c not in other] for n, other in (names, names[::-1])]
-
-        def source(trunk: Paths) -> Tensor:
-            q, k = (
-                branch(p, trunk).mean(t, keepdim=True) if t else branch(p, trunk)
-                for p, t in ((query, tokens[0]), (key, tokens[1]))
-            )
-            u: Tensor = torch.einsum(equation, q, k)
-            return u
-
-        return Gate((source,), product=True)
+        one, two = ([n.index(c) for c in n if c not in other] for n, other in (names, names[::-1]))
+        return _scores(call, lambda q, k: torch.einsum(equation, q, k), factors[0], factors[1], (one, two))
     if not alive[0] or (both and call.gating(factors[0]) > call.gating(factors[1])):
         factors, names = factors[::-1], names[::-1]
     stream, factor = factors
@@ -164,23 +169,18 @@ def scaled_dot_product_attention(
             else:
                 logits = logits + attn_mask
         pattern = logits.softmax(-1)
-    credit = None
-    q, k, v = call.companion(query), call.companion(key), call.companion(value)
-    if call.reading.weights and isinstance(v, Paths):
-        if isinstance(q, Paths) and isinstance(k, Paths):
-            credit = unit_gain(_scores(q, k, key_transposed=False, groups=groups), v)
-        elif isinstance(q, Paths) or isinstance(k, Paths):  # the other is learned, or a constant
-            credit = unit_gain(_alone(q if isinstance(q, Paths) else k), v)  # type: ignore[arg-type]
+    credit, trunk = None, call.companion(value)
+    if call.reading.weights and isinstance(trunk, Paths):
+
+        def product(q: Tensor, k: Tensor) -> Tensor:
+            return q @ (k.repeat_interleave(groups, -3) if groups > 1 else k).mT
+
+        credit = unit_gain(_scores(call, product, query, key, ([-2], [-2])), trunk)
     flow = _mix(call, pattern, credit, value)
     if groups == 1:
         return flow
     mix = flow.fn
     return call.flow(lambda s: mix(s.repeat_interleave(groups, -3)), value, gating=MIXED)
-
-
-def _alone(factor: Paths) -> Gate:
-    """The companion of Q Kᵀ where only one of the two carries paths."""
-    return Gate((lambda trunk: branch(factor, trunk).mean((-2, -1), keepdim=True),))
 
 
 @decomposition(F.multi_head_attention_forward)

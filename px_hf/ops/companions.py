@@ -50,6 +50,16 @@ class Paths:
     gating: int = 0
     """How much the activation looks like a gate: 2 after a bounded function, 1 after another
     activation, 0 otherwise. In a product of two activations the higher one gates the other."""
+    value: Tensor | None = None
+    """The activation itself, on active paths: where the branch of a gate starts."""
+    version: int = -1
+
+    def start(self) -> Tensor:
+        """What a branch that leaves here starts with, as a constant: the squared activation on active paths,
+        the path sums where gates are not read (or where the activation has since been overwritten)."""
+        if self.value is None or self.value._version != self.version:
+            return self.data.detach()
+        return self.value.to(self.data.dtype).square()
 
 
 Source = Callable[[Paths], Tensor]

@@ -34,8 +34,9 @@ def unit_gain(gate: Companion | None, trunk: Paths) -> Tensor | None:
     for u in sources:
         if u.requires_grad:
             held = u.detach()
-            one = torch.where(held > 0, u / held.where(held > 0, 1.0), 1.0)
-            factor = one if factor is None else factor * one
+            one = u * torch.where(held > 0, 1 / held, 0.0) + (held <= 0)
+            # Σ (one - 1) + 1 has the value and the gradient of the product, and less to remember
+            factor = one if factor is None else factor + one - 1
     return factor
 
 
@@ -44,10 +45,9 @@ def branch(paths: Paths, trunk: Paths) -> Tensor:
 
     Walking up from ``paths``, the branch starts at the first activation that ``trunk`` also comes
     from, provided that a weight lies between; a fused projection (q, k and v as slices of one
-    product) lies above that activation but still belongs to the branch. The result equals
-    ``paths.data`` up to a power of two. A branch that starts at a constant in disguise, such as the
-    class token at its first attention, where no path arrives, starts with ones instead: its weights
-    act, so they share the flow.
+    product) lies above that activation but still belongs to the branch. It starts with `Paths.start`:
+    the activation squared where gates are read, so that a class token counts that no path leads to; its
+    path sums where they are not, or ones if no path arrives at all.
     """
     shared = _ancestors(trunk)
     known: dict[tuple[int, bool], Tensor] = {}
@@ -55,7 +55,7 @@ def branch(paths: Paths, trunk: Paths) -> Tensor:
     def visit(node: Paths, below_weight: bool, below_slice: bool) -> Tensor:
         start = node in shared and (below_weight or not below_slice)
         if start or node.replay is None:
-            return node.data.detach()
+            return node.start()
         key = (id(node), below_weight)
         if key not in known:
             inputs = [visit(p, below_weight or node.weighted, below_slice or node.sliced) for p in node.parents]

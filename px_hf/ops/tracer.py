@@ -95,7 +95,7 @@ class Tracer(TorchFunctionMode):
 
     def start(self, value: Tensor, data: Tensor) -> None:
         """Paths start at ``value``, with path sums ``data``."""
-        self._keep(value, Paths(data, 0))
+        self._attach(value, Paths(data, 0))
 
     def paths(self, value: Tensor) -> Paths | None:
         """The path sums that arrived at ``value``."""
@@ -321,6 +321,8 @@ class Tracer(TorchFunctionMode):
                     f"path sums of shape {tuple(companion.data.shape)} for a value of shape {tuple(tensor.shape)} "
                     f"in {self._where()}: the rule of this operation is wrong"
                 )
+            if isinstance(companion, Paths) and self.reading.gates and self.reading.weights:
+                companion.value, companion.version = tensor.detach(), tensor._version
             if companion is None:
                 self._companions.pop(tensor, None)
             else:

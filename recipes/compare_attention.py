@@ -1,0 +1,114 @@
+"""How should PX score queries and keys? The candidates, compared with the budget and options of compare_criteria.py.
+
+    python recipes/compare_attention.py --model_name_or_path recipes/demo/vit --sparsities 0.5 0.7 0.9 --seeds 0 1 2
+
+With the attention pattern frozen no value path leads through W_Q and W_K (docs/MATHEMATICS.md, section 4), so their
+scores are a policy. On active paths, for a layer whose values receive the flow F = Σ_{θ∈W_V} θ² ∂R/∂θ²:
+
+============ ==============================================================================================
+px-active    what px_hf does: Q and K gate each other, entry by entry of the pattern
+qk-means     one u for each head, mean_tokens(q̃) · mean_tokens(k̃): Q and K share F without regard to the data
+qk-fisher    (∂f/∂θ)² over the images and one random sign vector each (`NTKTrace`), scaled so that the layer has F
+qk-spread    F spread evenly: magnitude inside the layer
+qk-dense     queries and keys stay dense, the other weights make up for it
+============ ==============================================================================================
+
+All with power 1/4. For ViTs of transformers, whose projections are layers of their own. docs/MATHEMATICS.md has the
+results.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from compare_criteria import main
+from torch import Tensor, nn
+
+import px_hf as px
+from px_hf.batches import Batches
+from px_hf.criteria import CRITERIA, Criterion
+from px_hf.ops.attention import MIXED
+from px_hf.ops.call import Call, times
+from px_hf.ops.companions import Flow, Gate, Paths
+from px_hf.ops.gates import branch, unit_gain
+
+POLICIES = ("means", "fisher", "spread", "dense")
+PROJECTIONS = (("q_proj", "v_proj"), ("k_proj", "v_proj"), ("query", "value"), ("key", "value"))
+
+
+@dataclass(frozen=True)
+class QueriesKeys(Criterion):
+    """``PX(paths="active", power=power)`` with the scores of queries and keys by ``policy``."""
+
+    policy: str
+    power: float = 0.25
+
+    def score(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        prune_head: bool = False,
+    ) -> dict[str, Tensor]:
+        """See `Criterion.score`."""
+        flow = px.PX(paths="active")
+        settings = {"masks": masks, "prune_head": prune_head}
+        rule = px.add_rule(F.scaled_dot_product_attention, by_means) if self.policy == "means" else nullcontext()
+        with rule:
+            shares = flow.score(model, batches, **settings)  # θ² · ∂R/∂θ²
+        squares = {name: p.detach().square() for name, p in model.named_parameters() if name in shares}
+        projections = dict(_projections(shares))
+        if self.policy == "fisher":
+            fisher = px.NTKTrace(probes=1).score(model, batches, **settings)
+        for name, values in projections.items():
+            if self.policy in ("fisher", "spread"):
+                kept = masks[name] if masks else torch.ones_like(squares[name], dtype=torch.bool)
+                inside = fisher[name] if self.policy == "fisher" else squares[name] * kept
+                shares[name] = inside * (shares[values].sum() / inside.sum())
+        scores = {
+            name: torch.where(squares[name] > 0, squares[name] * (share / squares[name]) ** self.power, 0.0)
+            for name, share in shares.items()
+        }
+        if self.policy == "dense":
+            highest = max(float(score.max()) for score in scores.values())
+            scores |= {name: torch.full_like(scores[name], 2 * highest) for name in projections}
+        return scores
+
+
+def _projections(names: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Queries and keys, each with the values of its attention."""
+    for name in names:
+        for mine, values in PROJECTIONS:
+            if name.endswith(f".{mine}.weight"):
+                yield name, name.replace(f".{mine}.", f".{values}.")
+
+
+def by_means(
+    call: Call, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, **rest: object
+) -> Flow:
+    """Attention without mask and dropout, its queries and keys credited by the means of their path sums."""
+    pattern = ((query @ key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1)
+    q, k, trunk = call.companion(query), call.companion(key), call.companion(value)
+    assert isinstance(q, Paths)
+    assert isinstance(k, Paths)
+    assert isinstance(trunk, Paths)
+    mean = {"dim": -2, "keepdim": True}
+    gate = Gate((lambda t: branch(q, t).mean(**mean) @ branch(k, t).mean(**mean).mT,))
+    credit = unit_gain(gate, trunk)
+    squared = pattern.to(call.dtype).square()
+    return call.flow(lambda s: times(squared, credit) @ s, value, gating=MIXED)
+
+
+if __name__ == "__main__":
+    CRITERIA.update({f"qk-{policy}": QueriesKeys(policy) for policy in POLICIES})
+    methods = ["--methods", "px-active", *(f"qk-{policy}" for policy in POLICIES)]
+    try:
+        main([*([] if "--methods" in sys.argv else methods), *sys.argv[1:]])
+    except px.PxError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,53 @@
+"""recipes/compare_attention.py: what each policy does to queries and keys, and to nothing else."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from networks import build, images
+from test_recipe import RECIPES
+
+import px_hf as px
+
+sys.path.insert(0, str(RECIPES))
+
+from compare_attention import POLICIES, QueriesKeys
+
+ATTENTION = [f"vit.layers.{layer}.attention." for layer in range(2)]
+PROJECTIONS = {f"{name}{one}_proj.weight" for name in ATTENTION for one in "qk"}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_differ_in_queries_and_keys_alone(policy: str) -> None:
+    model, batches = build("hf vit").double(), [images(dtype=torch.float64)]
+    expected = px.PX(paths="active").score(model, batches)
+    scores = QueriesKeys(policy, power=1).score(model, batches)
+    for name, score in scores.items():
+        if name not in PROJECTIONS:
+            torch.testing.assert_close(score, expected[name], rtol=1e-9, atol=0)
+    fisher = px.NTKTrace(probes=1).score(model, batches)
+    parameters = dict(model.named_parameters())
+    for layer in ATTENTION:
+        values = float(scores[f"{layer}v_proj.weight"].sum())
+        for name in (f"{layer}q_proj.weight", f"{layer}k_proj.weight"):
+            score = scores[name]
+            if policy == "dense":
+                assert float(score.min()) > max(float(s.max()) for n, s in scores.items() if n not in PROJECTIONS)
+                continue
+            assert not torch.allclose(score, expected[name], rtol=0.01)
+            assert float(score.sum()) == pytest.approx(values, rel=1e-9)
+            if policy == "means":
+                continue
+            inside = fisher[name] if policy == "fisher" else parameters[name].detach().square()
+            torch.testing.assert_close(score / score.sum(), inside / inside.sum(), rtol=1e-6, atol=0)
+
+
+def test_pruned_weights_stay_pruned() -> None:
+    model, batches = build("hf vit"), [images()]
+    for policy in POLICIES:
+        masks = px.prune(model, batches, QueriesKeys(policy), sparsity=0.3, rounds=3, progress=False)
+        assert masks.sparsity == pytest.approx(0.3, abs=1e-3)
+        kept = [float(masks[name].double().mean()) for name in PROJECTIONS]
+        assert min(kept) == 1 if policy == "dense" else 0.2 < min(kept) < 1
