@@ -68,7 +68,7 @@ def model_card(
         if key in results
     ]
     card = ModelCard.from_template(
-        _metadata(repo_id, px, library, results, downstream, license),
+        _metadata(repo_id, config, library, results, downstream, license),
         template_path=str(_TEMPLATE),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -80,7 +80,8 @@ def model_card(
         costs=_costs(report),
         has_macs=report.macs is not None,
         files=_weights(files),
-        stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files),
+        stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files, _segments(config)),
+        task=_task(config),
         pipeline=library == "timm" or "preprocessor_config.json" in files,
         revision="" if revision is None else f', revision="{revision}"',
         settings=_settings(px),
@@ -106,7 +107,7 @@ def _signed(text: str) -> str:
 
 def _metadata(
     repo_id: str,
-    px: Mapping[str, Any],
+    config: Mapping[str, Any],
     library: str,
     results: Mapping[str, float],
     downstream: Mapping[str, Any] | None,
@@ -114,10 +115,11 @@ def _metadata(
 ) -> ModelCardData:
     from .evaluation.page import model_index
 
+    px = config["px"]
     base, dataset = _hub_base(px), str(px.get("dataset_id") or px.get("dataset") or "")
     evaluations = [
         EvalResult(
-            task_type="image-classification",
+            task_type=_task(config),
             dataset_type=dataset,
             dataset_name=str(px.get("dataset") or dataset),
             dataset_split=split,
@@ -135,7 +137,7 @@ def _metadata(
     return ModelCardData(
         library_name=library,
         license=license,
-        pipeline_tag="image-classification",
+        pipeline_tag=_task(config),
         tags=[*TAGS],
         base_model=base,
         datasets=[px["dataset_id"]] if px.get("dataset_id") else None,
@@ -154,7 +156,7 @@ def _hub_base(px: Mapping[str, Any]) -> str | None:
 def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
     what = config.get("architecture") or (config.get("architectures") or ["model"])[0]
     classes = config.get("num_classes") or len(config.get("id2label") or ())
-    facts = [f"Image classifier {_code(what)}"]
+    facts = [f"{'Semantic segmentation model' if _segments(config) else 'Image classifier'} {_code(what)}"]
     if classes:
         facts.append(f"{classes:,} classes")
     if px.get("base_model"):
@@ -171,6 +173,15 @@ def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
         f"{', '.join(facts)}. **{100 * px['sparsity']:.4g} %** of its prunable weights were pruned{by} with px_hf: "
         f"{px['weights_kept']:,} of {px['weights']:,} are left, the rest are exact zeros."
     )
+
+
+def _segments(config: Mapping[str, Any]) -> bool:
+    return str((config.get("architectures") or [""])[0]).endswith("ForSemanticSegmentation")
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """The Hub's name of the task, which is that of the pipeline too."""
+    return "image-segmentation" if _segments(config) else "image-classification"
 
 
 def _control(px: Mapping[str, Any]) -> str | None:
@@ -221,13 +232,13 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     )
 
 
-def _stock_code(library: str, repo_id: str, revision: str | None, has_processor: bool) -> str:
+def _stock_code(library: str, repo_id: str, revision: str | None, has_processor: bool, segments: bool) -> str:
     if library == "timm":
         at = f"@{revision}" if revision else ""
         return f'import timm\n\nmodel = timm.create_model("hf-hub:{repo_id}{at}", pretrained=True).eval()'
     more = f', revision="{revision}"' if revision else ""
-    lines = [f'model = AutoModelForImageClassification.from_pretrained("{repo_id}"{more})']
-    names = ["AutoModelForImageClassification"]
+    auto = "AutoModelForSemanticSegmentation" if segments else "AutoModelForImageClassification"
+    lines, names = [f'model = {auto}.from_pretrained("{repo_id}"{more})'], [auto]
     if has_processor:
         lines.append(f'processor = AutoImageProcessor.from_pretrained("{repo_id}"{more})')
         names.insert(0, "AutoImageProcessor")

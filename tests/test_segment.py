@@ -17,6 +17,8 @@ import timm
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
@@ -156,6 +158,28 @@ def test_a_map_of_logits_is_scored_as_its_sum_over_positions(name: str, paths: s
     for weight, score in scores.items():
         torch.testing.assert_close(score, expected[f"model.{weight}"], rtol=1e-4, atol=0)
     assert any(bool(score.any()) for score in scores.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
+def test_a_pushed_segmentation_model_is_one_to_everyone(hub: HubServer, name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
+    masks.apply_(model)
+    px.push_to_hub(model, masks, "alice/map", image_processor=ViTImageProcessor())
+    card = ModelCard.load("alice/map")
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert "Semantic segmentation model" in card.text
+    assert 'AutoModelForSemanticSegmentation.from_pretrained("alice/map")' in card.text
+    assert 'pipeline("image-segmentation", model="alice/map")' in card.text
+    assert "ImageClassification" not in card.text
+    images = torch.randn(1, 3, 32, 32)
+    for load in (px.from_pretrained, AutoModelForSemanticSegmentation.from_pretrained):
+        loaded = load("alice/map").eval()
+        assert type(loaded) is type(model)
+        with torch.no_grad():
+            assert torch.equal(loaded(pixel_values=images).logits, model(pixel_values=images).logits)
 
 
 # --- data ---
