@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 
 import px_hf as px
 from px_hf.evaluation.attached import is_about, weights_fingerprint
-from px_hf.evaluation.page import METHODS, METRICS, REPORT_FILES
+from px_hf.evaluation.page import METHODS, METRICS, REPORT_FILES, read_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -87,6 +87,25 @@ def test_a_push_picks_up_the_report_that_lies_with_the_model(hub: HubServer, mod
         px.push_to_hub(load(model_folder), px.Masks.from_pretrained(model_folder), REPO)
         check_repository(model_folder)
     assert [commit.title for commit in hub.repos[REPO].history()].count("Upload pruned model with px_hf") == 1
+
+
+def test_a_model_of_the_hub_is_evaluated_as_that_of_its_folder(
+    hub: HubServer, model_folder: Path, tmp_path: Path
+) -> None:
+    px.push_to_hub(
+        px.from_pretrained(model_folder), px.Masks.from_pretrained(model_folder), REPO,
+        image_processor=ViTImageProcessor.from_pretrained(model_folder),
+    )  # fmt: skip
+    argv = [*settings(model_folder.parent), "--model_name_or_path", REPO, "--output_dir", str(tmp_path / "out")]
+    assert evaluate_downstream.main(argv) == 0
+    here, there = (read_results(folder) for folder in (model_folder, tmp_path / "out"))
+    assert here is not None
+    assert there is not None
+    assert there["model"] == REPO
+    assert there["weights_sha256"] == here["weights_sha256"]
+    for task, record in here["tasks"].items():
+        for method, run in record["results"]["pruned 60 %"].items():
+            assert there["tasks"][task]["results"]["pruned 60 %"][method]["scores"] == run["scores"]
 
 
 def test_the_recipe_pushes_what_it_evaluated(hub: HubServer, model_folder: Path) -> None:
