@@ -298,7 +298,8 @@ def parse_groups(
         )
     if not pushes and any(getattr(group, "push_to_hub", False) for group in found):
         raise px.InvalidArgumentError(
-            "--push_to_hub is for recipes/prune_finetune.py: this recipe makes no one model."
+            "--push_to_hub is for recipes/prune_finetune.py and recipes/evaluate_downstream.py: this recipe makes no "
+            "one model."
         )
     return found
 
