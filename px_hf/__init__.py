@@ -56,18 +56,21 @@ from .version import __version__
 if TYPE_CHECKING:
     from .finetune import KeepMasks, keep_masks
     from .hub import from_pretrained, save_pretrained
+    from .kernels import accelerate_24_, accelerate_csr_
     from .push import push_to_hub
 
 _register()
 
 _LAZY = {
     "KeepMasks": "finetune",
+    "accelerate_24_": "kernels",
+    "accelerate_csr_": "kernels",
     "keep_masks": "finetune",
     "from_pretrained": "hub",
     "push_to_hub": "push",
     "save_pretrained": "hub",
 }
-"""Names whose module needs transformers, which takes seconds to import: loaded when first used."""
+"""Names that are loaded when first used: most need transformers, which takes seconds to import."""
 
 
 def __getattr__(name: str) -> Any:
@@ -111,6 +114,8 @@ __all__ = [
     "UnsupportedOpError",
     "Wanda",
     "__version__",
+    "accelerate_24_",
+    "accelerate_csr_",
     "add_rule",
     "from_pretrained",
     "keep_masks",
