@@ -36,6 +36,7 @@ from .criteria import (
 from .errors import (
     CheckpointError,
     DataError,
+    DependencyError,
     HubError,
     InvalidArgumentError,
     LaunchError,
@@ -54,6 +55,7 @@ from .select import select
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .export import export_onnx
     from .finetune import KeepMasks, keep_masks
     from .hub import from_pretrained, save_pretrained
     from .kernels import accelerate_24_, accelerate_csr_
@@ -65,6 +67,7 @@ _LAZY = {
     "KeepMasks": "finetune",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
+    "export_onnx": "export",
     "keep_masks": "finetune",
     "from_pretrained": "hub",
     "push_to_hub": "push",
@@ -94,6 +97,7 @@ __all__ = [
     "CheckpointError",
     "Criterion",
     "DataError",
+    "DependencyError",
     "GemMiner",
     "GraSP",
     "HubError",
@@ -117,6 +121,7 @@ __all__ = [
     "accelerate_24_",
     "accelerate_csr_",
     "add_rule",
+    "export_onnx",
     "from_pretrained",
     "keep_masks",
     "prune",

@@ -4,8 +4,8 @@ A weight W [out, in] is stored row by row as its non-zero values and their colum
 takes as they are), and `Y = X Wᵀ + b` is computed as `(W X_iᵀ)ᵀ + b` for slices X_i of 64 rows. On more rows at once
 the product no longer fits the cache and loses to the dense one. Time goes with the number of non-zeros: with one
 thread of an AVX-512 machine, layers of ViT-B/16 take 0.6 times the dense time at 90 % sparsity, 0.4 at 95 %, 0.3 at
-98 %, and as long as the dense ones at 80 % (docs/SPEED.md). Convolutions by im2col gain in late stages only and lose in
-early ones, so they stay dense.
+98 %, and as long as the dense ones at 80 % (docs/SPEED.md). Convolutions by im2col gain in late stages only and lose
+in early ones, so they stay dense.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def require_gpu(model: nn.Module) -> None:
     device = next((p.device for p in model.parameters() if p.device.type != "cuda"), None)
     if device is not None:
         raise TargetError(
-            f"2:4 kernels need the model on an NVIDIA GPU, and it is on {device}, where a 2:4 model runs as a dense one "
-            "does. Move it with model.half().cuda(). On a CPU, very sparse models gain from accelerate_csr_."
+            f"2:4 kernels need the model on an NVIDIA GPU, and it is on {device}, where 2:4 weights run as dense ones "
+            "do. Move it with model.half().cuda(). On a CPU, very sparse models gain from accelerate_csr_."
         )
     for device in {p.device for p in model.parameters()}:
         capability = torch.cuda.get_device_capability(device)
