@@ -36,7 +36,7 @@ def logits(model: nn.Module, name: str, count: int = 7) -> torch.Tensor:
 def test_csr_layers_give_the_same_logits(name: str) -> None:
     model = sparse(name)
     before = logits(model, name, 20)
-    found = px.accelerate_csr_(model)
+    found = px.accelerate_csr_(model, min_weights=0)
     assert found.converted
     assert all(isinstance(model.get_submodule(layer), csr.CSRLinear) for layer in found.converted)
     torch.testing.assert_close(logits(model, name, 20), before, rtol=1e-4, atol=1e-5)
@@ -66,7 +66,7 @@ def test_what_is_skipped_is_said() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 40), nn.Linear(40, 5)).eval()
     with torch.no_grad():
         model[2].weight[:, 5:] = 0
-    found = px.accelerate_csr_(model)
+    found = px.accelerate_csr_(model, min_weights=200)
     assert found.converted == ("2",)
     assert found.skipped == {"0": "not a linear layer", "3": "less than 85% sparse"}
     assert str(found) == ("1 layers converted, 2 skipped\n  1 not a linear layer: 0\n  1 less than 85% sparse: 3")
@@ -77,7 +77,7 @@ def test_a_shared_layer_is_converted_once() -> None:
     layer = nn.Linear(8, 8)
     nn.init.zeros_(layer.weight)
     model = nn.Sequential(layer, nn.ReLU(), layer)
-    px.accelerate_csr_(model)
+    px.accelerate_csr_(model, min_weights=0)
     assert model[0] is model[2]
     assert isinstance(model[0], csr.CSRLinear)
 
@@ -85,10 +85,11 @@ def test_a_shared_layer_is_converted_once() -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "error", "message"),
     [
-        (build("mlp"), {}, px.TargetError, "No layer can be converted to CSR .*less than 85% sparse: 1, 3, 5"),
+        (build("mlp"), {"min_weights": 0}, px.TargetError, "converted to CSR .*less than 85% sparse: 1, 3, 5"),
+        (sparse("mlp"), {}, px.TargetError, "3 smaller than 262,144 weights: 1, 3, 5"),
         (build("mlp"), {"min_sparsity": 1.5}, px.InvalidArgumentError, r"min_sparsity=1\.5"),
         (build("cnn").half(), {}, px.TargetError, "float16 and not float32"),
-        (nn.Linear(3, 3), {"min_sparsity": 0.0}, px.TargetError, "itself a linear layer"),
+        (nn.Linear(3, 3), {"min_sparsity": 0.0, "min_weights": 0}, px.TargetError, "itself a linear layer"),
         (nn.Flatten(), {}, px.TargetError, "there is none"),
         (nn.Sequential(nn.Linear(3, 3)).to("meta"), {}, px.TargetError, "this one is on meta"),
     ],
@@ -193,7 +194,7 @@ def test_csr_runs_in_a_timm_model_under_inference_mode_and_its_state_can_be_save
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=5).eval()
     px.prune(model, [], px.Magnitude(), sparsity=0.9, progress=False).apply_(model)
     before = copy.deepcopy(model)
-    px.accelerate_csr_(model, min_sparsity=0.5)
+    px.accelerate_csr_(model, min_sparsity=0.5, min_weights=0)
     x = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), before(x), rtol=1e-4, atol=1e-5)

@@ -23,15 +23,17 @@ _ROWS = 64
 _DTYPES = (torch.float32, torch.float64)
 
 
-def accelerate_csr_(model: nn.Module, min_sparsity: float = 0.85) -> Conversion:
-    """Replace the linear layers of a model on a CPU that have at least this share of zeros, in place, for inference.
+def accelerate_csr_(model: nn.Module, min_sparsity: float = 0.85, min_weights: int = 2**18) -> Conversion:
+    """Replace the large linear layers of a model on a CPU that are mostly zeros, in place, for inference.
 
         print(px.accelerate_csr_(px.from_pretrained("out")))
 
     Logits stay the same up to rounding. No gradients flow through such a layer, and the model's parameters no longer
     require any. Its `weight` is a sparse CSR tensor: save the model before.
 
-    `min_sparsity`: in [0, 1]; below about 0.8 the dense product is faster.
+    `min_sparsity`: the least share of zeros, in [0, 1]; below about 0.8 the dense product is faster.
+    `min_weights`: the least number of weights, zeros included; in smaller layers than 512 × 512 the work of starting
+    the kernels eats the gain.
 
     Raises InvalidArgumentError for a `min_sparsity` out of range; TargetError, leaving the model as it was, if it is
     not on a CPU or has no such layer.
@@ -46,6 +48,8 @@ def accelerate_csr_(model: nn.Module, min_sparsity: float = 0.85) -> Conversion:
     def unfit(layer: nn.Linear) -> str | None:
         if layer.weight.dtype not in _DTYPES:
             return f"{layer.weight.dtype} and not float32 or float64"
+        if layer.weight.numel() < min_weights:
+            return f"smaller than {min_weights:,} weights"
         kept = int(layer.weight.count_nonzero()) / max(1, layer.weight.numel())
         return None if 1 - kept >= min_sparsity else f"less than {min_sparsity:.0%} sparse"
 
