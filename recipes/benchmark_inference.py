@@ -70,9 +70,8 @@ def main(argv: list[str]) -> None:
         notes: dict[str, str] = {}
         for family in dict.fromkeys(RUNTIMES[name].family for name in args.runtimes):
             names = [name for name in args.runtimes if RUNTIMES[name].family == family]
-            for size in args.batch_sizes:
-                console.print(f"{family}, batches of {size}", highlight=False)
-                rows += measured(names, models, size, args, notes)
+            console.print(family, highlight=False)
+            rows += measured(names, models, args, notes)
         if not args.no_memory:
             console.print("peak memory", highlight=False)
             for row in rows:
@@ -177,28 +176,33 @@ def describe(label: str, model: nn.Module) -> dict[str, Any]:
 
 
 def measured(
-    runtimes: list[str], models: dict[str, nn.Module], size: int, args: argparse.Namespace, notes: dict[str, str]
+    runtimes: list[str], models: dict[str, nn.Module], args: argparse.Namespace, notes: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each runtime of a family and model; why there is none goes to `notes`."""
-    calls, images = {}, {}
+    """A row for each batch size, runtime of a family and model; why there is none goes to `notes`."""
+    calls = {}
     for runtime in runtimes:
         for label, model in models.items():
-            x = torch.randn(size, *model.example.shape[1:], generator=torch.Generator().manual_seed(0))
             try:
-                calls[runtime, label], images[runtime, label] = prepare(runtime, model, x), x
+                calls[runtime, label] = prepare(runtime, model, batch(model, args.batch_sizes[0]))
             except Unavailable as reason:
                 notes[f"{runtime}, {label}"] = str(reason)
-    seconds = in_turn(calls, images, args)
-    dense = seconds.get((runtimes[0], DENSE))
-    for (runtime, label), taken in seconds.items():
-        yield {
-            "runtime": runtime,
-            "model": label,
-            "batch_size": size,
-            "milliseconds": 1000 * statistics.median(taken),
-            "images_per_second": size / statistics.median(taken),
-            "of_dense": statistics.median(t / d for t, d in zip(taken, dense, strict=True)) if dense else None,
-        }
+    for size in args.batch_sizes:
+        images = {(runtime, label): batch(models[label], size) for runtime, label in calls}
+        seconds = in_turn(calls, images, args)
+        dense = seconds.get((runtimes[0], DENSE))
+        for (runtime, label), taken in seconds.items():
+            yield {
+                "runtime": runtime,
+                "model": label,
+                "batch_size": size,
+                "milliseconds": 1000 * statistics.median(taken),
+                "images_per_second": size / statistics.median(taken),
+                "of_dense": statistics.median(t / d for t, d in zip(taken, dense, strict=True)) if dense else None,
+            }
+
+
+def batch(model: nn.Module, size: int) -> Tensor:
+    return torch.randn(size, *model.example.shape[1:], generator=torch.Generator().manual_seed(0))
 
 
 def in_turn(calls: dict[Any, Any], images: dict[Any, Tensor], args: argparse.Namespace) -> dict[Any, list[float]]:
