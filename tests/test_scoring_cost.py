@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import accelerate
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 import px_hf as px
 from px_hf.criteria import px as module
 from px_hf.ops import ACTIVE, G, H, Tracer, Weight
-from px_hf.ops.companions import Later
+from px_hf.ops.companions import Later, Paths
 from px_hf.sums import add_, add_up
 
 
@@ -107,6 +109,18 @@ def test_queries_and_keys_have_no_path_sums_in_h(monkeypatch: pytest.MonkeyPatch
         model(pixel_values=x)
     heads = [shape for shape in made if shape[1:] == (2, 5, 8)]
     assert len(heads) == 2, made  # the values of each block; with queries and keys there would be six
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+@pytest.mark.parametrize("name", ["hf resnet", "hf vit", "torchvision vit"])
+def test_nothing_is_left_behind(name: str, paths: str) -> None:
+    """No hook on modules, no path sums: memory does not grow with the images."""
+    model = build(name)
+    x = inputs(name)
+    px.PX(paths=paths).score(model, [x])
+    gc.collect()
+    assert not any(type(thing) in (Tracer, Paths, Later) for thing in gc.get_objects())
+    assert not torch.nn.modules.module._global_forward_hooks
 
 
 def test_sums_of_parts_and_of_batches() -> None:
