@@ -501,3 +501,45 @@ def test_an_error_of_the_hub_while_loading_is_an_error(hub: HubServer, path: str
         px.from_pretrained(REPO)
     hub.faults.clear()
     assert torch.equal(logits(px.from_pretrained(REPO).eval()), logits(model))
+
+
+XET = """
+import sys
+import torch
+from huggingface_hub import constants
+import px_hf as px
+sys.path.insert(0, sys.argv[1])
+from test_hub import pruned
+constants.HF_HUB_DISABLE_XET = False
+for attempt in (
+    lambda: px.push_to_hub(*pruned(), "alice/by-xet"),
+    lambda: px.from_pretrained("alice/model"),
+    lambda: px.Masks.from_pretrained("alice/model"),
+):
+    try:
+        attempt()
+    except px.PxError as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+constants.HF_HUB_DISABLE_XET = True
+px.push_to_hub(*pruned(), "alice/by-xet")
+"""
+
+
+def test_by_xet_a_failure_is_an_error_of_the_same_kind_and_git_lfs_the_way_out(hub: HubServer, tmp_path: Path) -> None:
+    """The real client with hf_xet, at a Hub whose Xet does not answer: what goes well by Xet is not shown here."""
+    pytest.importorskip("hf_xet")
+    model, masks = pruned()
+    push_to_hub(model, masks)
+    hub.offers_xet = True
+    few = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_MAX_DURATION": "1s"}
+    environment = {**os.environ, **hub.environment(tmp_path / "home", "hf_alice"), **few}
+    command = [sys.executable, "-c", XET, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    push, *loads = done.stdout.splitlines()
+    assert re.match(r"HubError The connection .* broke off .*xet-write-token.*HF_HUB_DISABLE_XET=1", push)
+    assert len(loads) == 2
+    assert all(re.match(r"CheckpointError Cannot get .* of 'alice/model'.*xet-read-token", line) for line in loads)
+    assert len(hub.repos["alice/by-xet"].history()) == 2, "by git-lfs, in one commit; nothing before"
+    hub.offers_xet = False
+    assert torch.equal(logits(px.from_pretrained("alice/by-xet").eval()), logits(model))
