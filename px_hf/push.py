@@ -295,9 +295,11 @@ def _explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
             raise HubError(f"Nothing was pushed to {repo_id}: {why}. (The Hub said {status}: {says})") from error
         if _is_network(error):
             last = list(_causes(error))[-1]
+            without = " If it breaks off each time, set HF_HUB_DISABLE_XET=1, which uploads by git-lfs."
             raise HubError(
                 f"The connection to the Hub broke off ({type(last).__name__}: {last}), and the push to {repo_id} was "
                 "not confirmed. Call push_to_hub again: what was uploaded is not sent again."
+                f"{without if 'xet' in str(last) else ''}"
             ) from error
         raise
 

@@ -382,6 +382,20 @@ def test_a_hostile_index_is_refused(index: str, message: str, tmp_path: Path) ->
         CompactFile.open(tmp_path)
 
 
+@pytest.mark.parametrize("twice", ['"bias":', '"data_offsets":', '"__metadata__":'])
+def test_a_header_that_repeats_a_name_is_refused(twice: str, tmp_path: Path) -> None:
+    forge(tmp_path, WEIGHT, CODED)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].decode()
+    entry = json.JSONDecoder().raw_decode(header[header.index(twice) + len(twice) :])[0]
+    repeated = header.replace(twice, f"{twice}{json.dumps(entry)},{twice}", 1).encode()
+    file.write_bytes(len(repeated).to_bytes(8, "little") + repeated + content[8 + length :])
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        CompactFile.open(tmp_path)
+
+
 @pytest.mark.parametrize("coding", ["deflated-bits", "deflated-gaps"])
 def test_a_bomb_is_not_inflated(coding: str, tmp_path: Path) -> None:
     forge(tmp_path, *coded(zlib.compress(bytes(2**27)), coding, [1000]))
