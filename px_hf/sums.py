@@ -50,6 +50,25 @@ def exact_sum(terms: list[tuple[Tensor, int]], size: int, count: int, device: to
     return torch.ldexp(total.double(), torch.tensor(-grid)), int(top)
 
 
+def add_up(terms: list[tuple[Tensor, int]]) -> tuple[Tensor, int]:
+    """Σ data · 2**exponent in the order given, as (data, exponent): the parts of one batch, in float64."""
+    top = max((exponent for data, exponent in terms if bool(data.any())), default=terms[0][1])
+    return sum(torch.ldexp(data, torch.tensor(max(e - top, -2000))) for data, e in terms), top  # type: ignore[return-value]
+
+
+_CHUNK = 2**15
+"""Numbers at a time, so that what torch converts on a CPU stays in its cache."""
+
+
+def add_(total: Tensor, term: Tensor, factor: float) -> None:
+    """``total += factor * term`` for a contiguous float64 total and a term of any float type."""
+    if total.device.type != "cpu":
+        total.add_(term, alpha=factor)
+        return
+    for into, numbers in zip(total.view(-1).split(_CHUNK), term.reshape(-1).split(_CHUNK), strict=True):
+        into.add_(numbers, alpha=factor)
+
+
 def sum_aligned_(totals: dict[str, Tensor], exponent: int | None) -> int:
     """Add ``totals · 2**exponent`` over the processes, in place, and return the common exponent.
 

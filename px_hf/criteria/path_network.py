@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,36 @@ class PathNetwork:
             self._leave_out(missing, met, inputs)
         return {name: g for name, g in zip(self.squares, found, strict=True) if g is not None}
 
+    def each_gradient(
+        self,
+        take: Callable[[str, Tensor], None],
+        output: Tensor,
+        weight: Tensor,
+        met: list[Tensor],
+        inputs: Inputs,
+    ) -> None:
+        """Hand ∂(Σ output ⊙ weight)/∂θ² of each target to ``take`` as it is found: they are never held together."""
+        missing = dict.fromkeys(self.squares)
+
+        def found(name: str, leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            take(name, leaf.grad)
+            leaf.grad = None
+            del missing[name]
+
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(functools.partial(found, name))
+            for name, leaf in self.squares.items()
+        ]
+        try:
+            with full_precision(output.device):
+                torch.autograd.backward(output, weight.to(output), inputs=list(self.squares.values()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if missing:
+            self._leave_out(list(missing), met, inputs)
+
     def _leave_out(self, names: list[str], met: list[Tensor], inputs: Inputs) -> None:
         """Note that no path can lead through the targets of those names.
 
@@ -141,15 +172,18 @@ def _shown(names: list[str]) -> str:
 def path_scores(squares: Mapping[str, Tensor], gradients: Gradients, exponent: int, power: float) -> dict[str, Tensor]:
     """θ² · (2**exponent · ∂R/∂θ²)^power, leaving out 2**exponent if that would leave the dtype's range."""
     scores = {}
+    largest = 0.0
     for name, gradient in gradients.items():
         square = squares[name]
-        scores[name] = square.detach() * (gradient if power == 1 else gradient**power)
-        if not bool(torch.isfinite(scores[name]).all()):
+        flow = gradient if power == 1 else gradient**power
+        scores[name] = square.detach() * flow
+        top = float(scores[name].max())  # NaN if there is one
+        if not math.isfinite(top):
             raise NonFiniteError(
                 f"{int((~torch.isfinite(scores[name])).sum())} score(s) of {name} are not finite; "
                 "check the weights and BatchNorm statistics of the model for NaN and infinity."
             )
-    largest = max(float(s.max()) for s in scores.values())
+        largest = max(largest, top)
     if largest == 0 and any(bool(square.detach().any()) for square in squares.values()):
         warnings.warn(
             "every score is 0: no path from the images to the output survives. A classifier head initialised to zeros "
@@ -160,5 +194,5 @@ def path_scores(squares: Mapping[str, Tensor], gradients: Gradients, exponent: i
     limit = 500 if next(iter(scores.values())).dtype == torch.float64 else 60
     if largest > 0 and abs(factor + math.log2(largest)) < limit and abs(factor) < limit:
         for name in scores:
-            scores[name] = scores[name] * 2.0**factor
+            scores[name] *= 2.0**factor
     return scores

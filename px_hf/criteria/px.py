@@ -55,8 +55,8 @@ from ..batches import Batches, Inputs, inputs_of, require_finite
 from ..distributed import processes
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..modes import evaluating
-from ..ops import ACTIVE, G, H, Paths, Weight
-from ..sums import exact_sum, sum_aligned_
+from ..ops import ACTIVE, G, H, Weight
+from ..sums import add_, add_up, exact_sum, sum_aligned_
 from ..targets import prunable, unwrap
 from .base import Criterion
 from .path_network import Gradients, PathNetwork, path_scores
@@ -128,9 +128,12 @@ def _all_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
             probe = inputs.probe()
         if (count - 1) % group.world_size != group.rank:
             continue
-        logits, paths, _ = network.path_sums(inputs, inputs.images.to(network.dtype).square(), H, weights)
-        require_finite(logits, count - 1)
-        terms.append((_per_class(paths.data.double()).cpu(), int(paths.exponent)))
+        own = []
+        for part in inputs.parts(_NUMBERS_AT_A_TIME):
+            logits, paths, _ = network.path_sums(part, part.images.to(network.dtype).square(), H, weights)
+            require_finite(logits, count - 1)
+            own.append((_per_class(paths.data.double()).cpu(), int(paths.exponent)))
+        terms.append(add_up(own))
     assert probe is not None
     _, kernel, met = network.path_sums(probe, probe.images.to(network.dtype), G, network.squared())
     out = _per_class(kernel.data)
@@ -145,35 +148,51 @@ def _per_class(sums: Tensor) -> Tensor:
     return sums.transpose(0, 1).flatten(1).sum(1)
 
 
-_NUMBERS_AT_A_TIME = 2**20
-"""Path sums over active paths need all activations for their gradient. So a batch goes through in parts
-of at most so many numbers (6 images of 3 × 224 × 224): memory does not depend on the batch size."""
+_NUMBERS_AT_A_TIME = 5 * 2**18
+"""A batch goes through in parts of at most so many numbers (8 images of 3 × 224 × 224): memory does not depend on
+the batch size, and a CPU is faster on tensors that it need not ask the system for each time."""
 
 
 def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
     """∂R/∂θ² over active paths, divided by 2**exponent."""
     group = processes()
     weights = network.squared()
-    total = {name: torch.zeros_like(square, dtype=torch.float64) for name, square in network.squares.items()}
+    total = {
+        name: torch.zeros(square.shape, dtype=torch.float64, device=square.device)
+        for name, square in network.squares.items()
+    }
     reference: int | None = None
     for index, inputs in enumerate(inputs_of(batches, network.model)):
         if index % group.world_size != group.rank:
             continue
         for part in inputs.parts(_NUMBERS_AT_A_TIME):
-            gradients, paths = _active(network, part, weights, index)
-            reference = int(paths.exponent) if reference is None else reference
-            for name, gradient in gradients.items():
-                total[name].add_(gradient, alpha=2.0 ** (int(paths.exponent) - reference))
+            reference = _add_active_(total, reference, network, part, weights, index)
     if reference is None:  # this process has no batch of its own, but must leave out what the others leave out
-        _active(network, next(inputs_of(batches, network.model)), weights, 0)
+        part = next(next(inputs_of(batches, network.model)).parts(_NUMBERS_AT_A_TIME))
+        _add_active_({}, None, network, part, weights, 0)
     exponent = sum_aligned_(total, reference)
-    return {name: g.to(network.dtype) for name, g in total.items() if name not in network.left_out}, exponent
+    kept = [name for name in total if name not in network.left_out]
+    return {name: total.pop(name).to(network.dtype) for name in kept}, exponent
 
 
-def _active(
-    network: PathNetwork, inputs: Inputs, weights: Mapping[Tensor, Weight], index: int
-) -> tuple[Gradients, Paths]:
-    """∂R/∂θ² of one batch, divided by 2**exponent of the path sums."""
+def _add_active_(
+    total: Gradients,
+    reference: int | None,
+    network: PathNetwork,
+    inputs: Inputs,
+    weights: Mapping[Tensor, Weight],
+    index: int,
+) -> int:
+    """Add ∂R/∂θ² of some images, divided by 2**reference, to ``total``; returns the reference."""
     logits, paths, met = network.path_sums(inputs, inputs.images.to(network.dtype).square(), ACTIVE, weights)
     require_finite(logits, index)
-    return network.gradients(paths.data, torch.ones_like(paths.data), met, inputs), paths
+    exponent = int(paths.exponent)
+    reference = exponent if reference is None else reference
+    factor = 2.0 ** (exponent - reference)
+
+    def take(name: str, gradient: Tensor) -> None:
+        if name in total:
+            add_(total[name], gradient, factor)
+
+    network.each_gradient(take, paths.data, torch.ones_like(paths.data), met, inputs)
+    return reference

@@ -29,8 +29,30 @@ def _gated(call: Call, x: Tensor, gate: Callable[[], Tensor], gating: int = ACTI
 
 @rule(*variants("relu"))
 def relu(call: Call, input: Tensor, inplace: bool = False) -> Flow:
-    gate = call.out.sign().to(call.dtype) if call.reading.gates else None  # far faster on a CPU than `> 0`
-    return call.flow(lambda s: times(s, gate), input, gating=ACTIVATED)
+    if not call.reading.weights and call.out.dtype == call.dtype:  # as autograd does it: in one pass over memory
+        return call.flow(lambda s: torch.ops.aten.threshold_backward(s, call.out, 0), input, gating=ACTIVATED)
+    if not call.reading.gates:
+        return call.flow(lambda s: s, input, gating=ACTIVATED)
+    is_open = call.out.bool()  # far faster on a CPU than `> 0`
+    return call.flow(lambda s: _Open.apply(s, is_open), input, gating=ACTIVATED)
+
+
+class _Open(torch.autograd.Function):
+    """A sum where the gate is open, else 0. Saves its result, which the next product saves anyway, and no gate.
+
+    The gradient is 0 also where the sum itself is: all that such a sum is made of has weight 0, so its score is 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, is_open: Tensor) -> Tensor:
+        result: Tensor = torch.ops.aten.threshold_backward(s, is_open.to(s.dtype), 0)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, result, 0), None
 
 
 @rule(*variants("relu6"), reads_input=True)

@@ -59,12 +59,15 @@ class Call:
         weight: Tensor | None = None,
         sliced: bool = False,
         gating: int = 0,
+        channels: int | None = None,
+        scale: Tensor | None = None,
     ) -> Flow:
-        """The result's path sums are ``fn`` of the path sums of ``operands`` (and of ``weight``)."""
-        return Flow(fn, operands, weight, sliced, gating)
+        """The result's path sums are ``fn`` of the path sums of ``operands`` (and of ``weight``), see `Flow`."""
+        return Flow(fn, operands, weight, sliced, gating, channels, scale)
 
     def weight(self, value: Tensor) -> Tensor:
-        """What a path multiplies at a matrix or kernel: θ², or its mask where weights are not read.
+        """What a path multiplies at a matrix or kernel: θ², or its mask where weights are not read (for want of
+        one, a 1 that is expanded: see `is_constant`).
 
         A matrix that is no parameter (a fixed blur kernel, say) is fixed: see `fixed`.
         """
@@ -72,7 +75,7 @@ class Call:
         if isinstance(companion, Weight):
             if companion.path is not None:
                 return companion.path.to(self.dtype)
-            return torch.ones(value.shape, dtype=self.dtype, device=value.device)
+            return torch.ones((), dtype=self.dtype, device=value.device).expand(value.shape)
         if isinstance(companion, Derived):
             return self._derived(value, companion)
         return self.fixed(value)

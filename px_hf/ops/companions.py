@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,6 +60,39 @@ class Paths:
         if self.value is None or self.value._version != self.version:
             return self.data.detach()
         return self.value.to(self.data.dtype).square()
+
+
+class Later(Paths):
+    """Path sums that are computed when first asked for.
+
+    The result of a product with a weight: nobody asks for those of queries and keys, whose product is a gate.
+
+    Args:
+        make: the path sums, which are those of ``flow`` on ``operands``.
+        like: what is known of them beforehand: parents, replay and the flags.
+    """
+
+    def __init__(
+        self, make: Callable[[], tuple[Tensor, Exponent]], flow: Flow, operands: list[Paths], **like: Any
+    ) -> None:
+        self._make: Callable[[], tuple[Tensor, Exponent]] | None = make
+        self.flow = flow
+        self.operands = operands
+        for name, value in like.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("data", "exponent"):
+            raise AttributeError(name)
+        assert self._make is not None
+        self.data, self.exponent = self._make()
+        self._make = None  # and let go of what it was made from
+        del self.flow, self.operands
+        return self.__dict__[name]
+
+    @property
+    def made(self) -> bool:
+        return self._make is None
 
 
 Source = Callable[[Paths], Tensor]
@@ -148,7 +181,31 @@ class Flow:
     operands: tuple[Tensor, ...]
     weight: Tensor | None = None
     sliced: bool = False
-    gating: int = field(default=0)
+    gating: int = 0
+    channels: int | None = None
+    """The axis of ``weight`` along which the channels of the result are counted, if there is one."""
+    scale: Tensor | None = None
+    """All that ``fn`` does is to multiply each channel by one of these: a product before it may do it too."""
+
+    def scaled(self, scale: Tensor) -> Flow:
+        """This product with each channel of its result multiplied by ``scale``."""
+        assert self.weight is not None
+        assert self.channels is not None
+        shape = [1] * self.weight.dim()
+        shape[self.channels] = -1
+        return replace(self, weight=self.weight * scale.view(shape))
+
+
+def is_constant(weight: Tensor) -> bool:
+    """Whether all entries of ``weight`` are one number in memory, as those of an unmasked weight are in h."""
+    return weight.numel() > 1 and not any(weight.stride())
+
+
+def scaled(weight: Tensor, factor: Tensor | float) -> Tensor:
+    """``weight * factor``; one number stays one number, see `is_constant`."""
+    if is_constant(weight):
+        return (weight[(0,) * weight.dim()] * factor).expand(weight.shape)
+    return weight * factor
 
 
 def power_of_two(exponent: Exponent, like: Tensor) -> Tensor | float:

@@ -8,7 +8,8 @@ fixed kernel c      the same op with abs(c)     the same op with abs(c)
 =================== ==========================  =======================
 
 Biases start no path and are dropped. In a matrix product a factor that is computed from parameters
-alone, such as the queries of learned latents, is fixed. A layer that mixes frozen attention logits
+alone, such as the queries of learned latents, is fixed. A weight without a mask is all ones in h, so that every
+output is the same sum over the input channels, which is computed once. A layer that mixes frozen attention logits
 (talking heads) mixes what their weights are credited with by W², see `px_hf.ops.gates`.
 """
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
-from .companions import Derived, Flow, Weight
+from .companions import Derived, Flow, Weight, is_constant
 from .registry import rule, variants
 
 
@@ -33,14 +34,31 @@ def _require_weight(call: Call, x: Tensor, weight: Tensor) -> None:
 @rule(F.linear, gates=True)
 def linear(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Flow:
     _require_weight(call, x, weight)
-    return call.flow(lambda s, w: F.linear(s, w), x, weight=call.weight(weight))
+    return call.flow(_linear, x, weight=call.weight(weight))
+
+
+def _linear(s: Tensor, w: Tensor) -> Tensor:
+    if is_constant(w):
+        return (s.sum(-1, keepdim=True) * w[0, 0]).expand(*s.shape[:-1], len(w))
+    return F.linear(s, w)
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, gates=True)
 def conv(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Flow:
     _require_weight(call, input, weight)
-    op = call.op
-    return call.flow(lambda s, w: op(s, w, None, *args, **kwargs), input, weight=call.weight(weight))
+    op, channels = call.op, call.out.shape[1]
+    groups = args[3] if len(args) > 3 else kwargs.get("groups", 1)
+    summed = input.dim() == weight.dim() and input.shape[1] > groups
+
+    def fn(s: Tensor, w: Tensor) -> Tensor:
+        if not (summed and is_constant(w)):
+            return op(s, w, None, *args, **kwargs)
+        one = op(s.unflatten(1, (groups, -1)).sum(2), w[:groups, :1], None, *args, **kwargs)  # a channel per group
+        each = one.unsqueeze(2).expand(-1, -1, channels // groups, *one.shape[2:])
+        return each.flatten(1, 2)
+
+    transposed = op in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    return call.flow(fn, input, weight=call.weight(weight), channels=None if transposed else 0)
 
 
 def matrix_product(call: Call, a: Tensor, b: Tensor) -> Flow:

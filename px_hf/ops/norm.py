@@ -56,7 +56,7 @@ def batch_norm(
             inverse = inverse if call.reading.order == 2 else inverse.sqrt()
             gamma2 = inverse if gamma2 is None else gamma2 * inverse
     scale = None if gamma2 is None else _per_channel(gamma2, input.dim())
-    return call.flow(lambda s: times(s, gate2, scale), input)
+    return call.flow(lambda s: times(s, gate2, scale), input, scale=gamma2 if gate2 is None else None)
 
 
 def _inverse_variance(call: Call, x: Tensor, over: Sequence[int], eps: float) -> Tensor | None:

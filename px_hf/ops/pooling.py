@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .call import Call
 from .companions import Flow
-from .registry import rule, variants
+from .registry import decomposition, rule, variants
 
 
 def _both(call: Call) -> bool:
@@ -33,14 +33,32 @@ def _pick(s: Tensor, indices: Tensor, spatial: int) -> Tensor:
     return s.flatten(-spatial).gather(-1, indices.flatten(-spatial)).view(indices.shape)
 
 
-_MAX_POOLS = {
-    F.max_pool1d: (F.max_pool1d, 1),
-    F.max_pool2d: (F.max_pool2d, 2),
-    F.max_pool3d: (F.max_pool3d, 3),
-}
+def _indexed(op: Any) -> Any:
+    """A max-pool as one that says where each maximum is, so that its rule need not look for it again."""
+
+    def indexed_max_pool(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        pooled = op(input, kernel_size, stride, padding, dilation, ceil_mode)
+        return pooled if return_indices else pooled[0]
+
+    return indexed_max_pool
 
 
-@rule(*_MAX_POOLS, reads_input=True)
+decomposition(F.max_pool1d)(_indexed(F.max_pool1d_with_indices))
+decomposition(F.max_pool2d)(_indexed(F.max_pool2d_with_indices))
+decomposition(F.max_pool3d)(_indexed(F.max_pool3d_with_indices))
+
+_MAX_POOLS = {F.max_pool1d_with_indices: 1, F.max_pool2d_with_indices: 2, F.max_pool3d_with_indices: 3}
+
+
+@rule(*_MAX_POOLS)
 def max_pool(
     call: Call,
     input: Tensor,
@@ -49,13 +67,11 @@ def max_pool(
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
-    return_indices: bool = False,
+    return_indices: bool = True,
 ) -> Flow:
-    if return_indices:
-        raise NotImplementedError("return_indices=True")
-    op, spatial = _MAX_POOLS[call.op]
+    spatial = _MAX_POOLS[call.op]
     if call.reading.gates:
-        _, indices = op(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+        _, indices = call.out
         return call.flow(lambda s: _pick(s, indices, spatial), input)
     if dilation not in (1, (1,) * spatial, [1] * spatial):
         raise NotImplementedError("dilation")

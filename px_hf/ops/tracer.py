@@ -9,8 +9,10 @@ changed, not even for the time of the call.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -27,8 +29,10 @@ from .companions import (
     UNKNOWN,
     Companion,
     Derived,
+    Exponent,
     Flow,
     Gate,
+    Later,
     Linear,
     Paths,
     Reading,
@@ -37,8 +41,9 @@ from .companions import (
     excess,
     largest,
     power_of_two,
+    scaled,
 )
-from .registry import DECOMPOSITIONS, GATE_OPS, READS_INPUT, RULES, SHAPE_OPS
+from .registry import DECOMPOSITIONS, GATE_OPS, READS_INPUT, RULES, SHAPE_OPS, Op
 
 
 class Tracer(TorchFunctionMode):
@@ -100,7 +105,11 @@ class Tracer(TorchFunctionMode):
     def paths(self, value: Tensor) -> Paths | None:
         """The path sums that arrived at ``value``."""
         companion = self._companion(value)
-        return companion if isinstance(companion, Paths) else None
+        if not isinstance(companion, Paths):
+            return None
+        with torch.set_grad_enabled(self.reading.weights), full_precision(value.device):
+            companion.data  # noqa: B018  (no longer later than now)
+        return companion
 
     def _keep(self, value: Tensor, companion: Companion) -> None:
         self._companions[value] = companion, value._version
@@ -164,7 +173,7 @@ class Tracer(TorchFunctionMode):
     ) -> Companion | list[Companion] | None:
         """The companion of what ``op`` returned."""
         kinds = {type(c) for c in found.values()}
-        alive = Paths in kinds
+        alive = any(isinstance(c, Paths) for c in found.values())
         rule = RULES.get(op)
         unknown = type(UNKNOWN) in kinds
         if rule is None and (alive or unknown):
@@ -182,7 +191,7 @@ class Tracer(TorchFunctionMode):
                 return self._record(f"{_name(op)} with {error}")
             except TypeError as error:  # an argument that the rule does not know
                 return self._record(f"{_name(op)}: {error}")
-            return self._run(result, found) if isinstance(result, Flow) else result
+            return self._run(op, out, result, found) if isinstance(result, Flow) else result
         if op in SHAPE_OPS:
             assert rule is not None
             flow = rule(call, *args, **kwargs)
@@ -192,39 +201,46 @@ class Tracer(TorchFunctionMode):
             return self._of_gates(call, found, args, kwargs)
         return Derived(_name(op), self._origin(found, (args, kwargs), out))
 
-    def _run(self, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
-        """Apply a rule's linear map to the path sums of its operands."""
+    def _run(self, op: Op, out: Any, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
+        """Apply a rule's linear map to the path sums of its operands, or note that it is to be applied."""
         parents: list[Paths] = []
         for operand in flow.operands:
             companion = found[id(operand)]
             assert isinstance(companion, Paths)
             parents.append(companion)
-        exponent = parents[0].exponent
-        factors: list[Tensor | float] = [1.0] * len(parents)
-        if any(p.exponent is not exponent for p in parents):
-            exponent = largest([p.exponent for p in parents])
-            factors = [power_of_two(p.exponent - exponent, p.data) for p in parents]
-        weight = flow.weight
-        if weight is not None:  # a product with a weight is where sums grow or vanish
-            shift = excess(parents[0].data)
-            if isinstance(shift, Tensor) or shift != 0:
-                weight = weight * power_of_two(-shift, weight)
-                exponent = exponent + shift
+        first = parents[0]
+        if flow.scale is not None and isinstance(first, Later) and not first.made and first.flow.channels is not None:
+            assert first.flow.weight is not None
+            if first.flow.weight.numel() <= out.numel():  # costs less than to scale its result
+                return self._later(first.flow.scaled(flow.scale), first.operands)
+        waiting = op in SHAPE_OPS and any(isinstance(p, Later) and not p.made for p in parents)
+        if flow.weight is None and not waiting:
+            exponent, step = _in_range(flow, parents)
+            data: Any = step(*(p.data for p in parents))
+            if isinstance(data, Tensor):
+                return Paths(data, exponent, **self._history(flow, parents, step))
+            pieces = [lambda *s, i=i: step(*s)[i] for i, _ in enumerate(data)]
+            return [
+                Paths(d, exponent, **self._history(flow, parents, piece))
+                for d, piece in zip(data, pieces, strict=True)
+            ]
+        if isinstance(out, Tensor):
+            return self._later(flow, parents)
+        return [self._later(replace(flow, fn=lambda *s, i=i: flow.fn(*s)[i]), parents) for i, _ in enumerate(out)]
 
-        def replay(*data: Tensor) -> Any:
-            scaled = [d if isinstance(f, float) and f == 1 else d * f for d, f in zip(data, factors, strict=True)]
-            return flow.fn(*scaled) if weight is None else flow.fn(*scaled, weight)
+    def _later(self, flow: Flow, parents: list[Paths]) -> Paths:
+        in_range = functools.cache(lambda: _in_range(flow, parents))
 
-        keep = self.reading.weights
-        data = replay(*(p.data for p in parents))
+        def make() -> tuple[Tensor, Exponent]:
+            exponent, step = in_range()
+            return step(*(p.data for p in parents)), exponent
 
-        def paths(data: Tensor, replay: Linear) -> Paths:
-            past, step = (tuple(parents), replay) if keep else ((), None)
-            return Paths(data, exponent, past, step, flow.weight is not None, flow.sliced, flow.gating)
+        return Later(make, flow, parents, **self._history(flow, parents, lambda *data: in_range()[1](*data)))
 
-        if isinstance(data, Tensor):
-            return paths(data, replay)
-        return [paths(d, lambda *s, i=i: replay(*s)[i]) for i, d in enumerate(data)]
+    def _history(self, flow: Flow, parents: list[Paths], step: Linear) -> dict[str, Any]:
+        """Where path sums come from, as far as anybody will ask."""
+        known: dict[str, Any] = {"weighted": flow.weight is not None, "sliced": flow.sliced, "gating": flow.gating}
+        return known | {"parents": tuple(parents), "replay": step} if self.reading.weights else known
 
     def _reshaped(self, flow: Flow, found: Mapping[int, Companion], out: Any) -> Companion | list[Companion] | None:
         """A parameter, or a gate, whose entries are only moved about."""
@@ -297,9 +313,10 @@ class Tracer(TorchFunctionMode):
         for tensor in _tensors((args, kwargs)):
             weight = found.get(id(tensor))
             if isinstance(weight, Weight) and weight.mask is not None and id(tensor) not in masked:
-                zeroed = tensor.detach() * weight.mask
+                mask = weight.mask.to(tensor.dtype)
+                zeroed = tensor.detach() * mask
                 masked[id(tensor)] = zeroed
-                found[id(zeroed)] = Weight(weight.path)
+                found[id(zeroed)] = Weight(mask if weight.path is weight.mask else weight.path)
         if not masked:
             return args, kwargs
 
@@ -316,7 +333,8 @@ class Tracer(TorchFunctionMode):
         tensors = list(filter(_has_values, _tensors(out)))
         results = list(result) if isinstance(result, Sequence) else [result] * len(tensors)
         for tensor, companion in zip(tensors, results, strict=True):
-            if isinstance(companion, Paths) and companion.data.shape != tensor.shape:
+            later = isinstance(companion, Later) and not companion.made
+            if isinstance(companion, Paths) and not later and companion.data.shape != tensor.shape:
                 raise AssertionError(
                     f"path sums of shape {tuple(companion.data.shape)} for a value of shape {tuple(tensor.shape)} "
                     f"in {self._where()}: the rule of this operation is wrong"
@@ -346,6 +364,27 @@ class Tracer(TorchFunctionMode):
             + "\nA rule says what an operation does to path sums; see CONTRIBUTING.md, 'A new op rule'. "
             "Criteria that need no path sums (Magnitude, Random) work on this model."
         )
+
+
+def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
+    """The linear map of a rule, with all operands brought to one power of two and the result kept in range."""
+    exponent = parents[0].exponent
+    factors: list[Tensor | float] = [1.0] * len(parents)
+    if any(p.exponent is not exponent for p in parents):
+        exponent = largest([p.exponent for p in parents])
+        factors = [power_of_two(p.exponent - exponent, p.data) for p in parents]
+    weight = flow.weight
+    if weight is not None:  # a product with a weight is where sums grow or vanish
+        shift = excess(parents[0].data)
+        if isinstance(shift, Tensor) or shift != 0:
+            weight = scaled(weight, power_of_two(-shift, weight))
+            exponent = exponent + shift
+
+    def step(*data: Tensor) -> Any:
+        same = [d if isinstance(f, float) and f == 1 else d * f for d, f in zip(data, factors, strict=True)]
+        return flow.fn(*same) if weight is None else flow.fn(*same, weight)
+
+    return exponent, step
 
 
 def _name(op: Callable[..., Any]) -> str:
