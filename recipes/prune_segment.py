@@ -104,10 +104,10 @@ def main(argv: list[str]) -> None:
         if not args.source():
             processor.size = {"height": SIZE, "width": SIZE}
         task = load_task(args, training, Preprocess(processor), model_args.cache_dir)
-        read_all(
-            [split for split in (task.train, task.validation, task.test) if split is not None],
-            progress=not training.disable_tqdm,
-        )
+        splits = [split for split in (task.train, task.validation, task.test) if split is not None]
+        read_all(splits, progress=not training.disable_tqdm)
+        for split in splits:
+            split.require_labels()
         model = load_model(model_args, args.decoder_size, task.labels, training)
         phases.say(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(task.labels)} classes")
     drawn = task.train.sample(args.scoring_images, training.seed)

@@ -299,6 +299,45 @@ BAD_PAIRS: dict[str, tuple[DatasetDict, str]] = {
 }
 
 
+def test_images_and_maps_of_all_sizes_and_modes() -> None:
+    """One set with eight modes of images and four of maps, of which palette indices are the classes, not colours."""
+    rng = np.random.default_rng(0)
+    images, maps = [], []
+    for row, mode in enumerate(["RGB", "L", "RGBA", "P", "1", "CMYK", "LA", "I;16"]):
+        size = (10 + row, 9 + 2 * row)
+        grey = Image.fromarray(rng.integers(0, 255, size[::-1], dtype=np.uint8))
+        images.append(Image.fromarray(np.asarray(grey).astype(np.uint16)) if mode == "I;16" else grey.convert(mode))
+        classes = rng.integers(0, 2, size[::-1], dtype=np.uint8)
+        drawn = Image.fromarray(classes)
+        if row % 4 == 1:
+            drawn.putpalette([9, 8, 7, 6, 5, 4] * 128)
+        maps.append(
+            [drawn, drawn, Image.fromarray(classes.astype(np.uint16)), drawn.point(lambda x: 255 * x, "1")][row % 4]
+        )
+    rows = Dataset.from_dict({"image": images, "mask": maps}, features=columns("image", "mask"))
+    pixels = raw_processor(do_resize=True, size={"height": 12, "width": 12})
+    split = segmentation_task(DatasetDict({"train": rows, "validation": rows}), pixels, labels=["a", "b"]).train
+    for position in range(len(split)):
+        item = split[position]
+        assert item["pixel_values"].shape == (3, 12, 12)
+        assert set(item["labels"].unique().tolist()) == {0, 1}
+    split.require_labels()
+
+
+@pytest.mark.parametrize(("drawn", "message"), [
+    (None, r"No map in split 'test' at index 0, column 'mask'.*leave the split out"),
+    (Image.new("L", (8, 6), 255), "No pixel of split 'test', column 'mask', counts: all are 255.*not published"),
+])  # fmt: skip
+def test_a_split_without_labels_is_named(drawn: Image.Image | None, message: str) -> None:
+    test = Dataset.from_dict({"image": [PICTURE] * 2, "mask": [drawn] * 2}, features=columns("image", "mask"))
+    raw = DatasetDict({**one(PICTURE, MAP), "test": test})
+    task = segmentation_task(raw, raw_processor(), labels=["a", "b"])
+    task.train.require_labels()
+    assert task.test is not None
+    with pytest.raises(px.DataError, match=message):
+        task.test.require_labels()
+
+
 @pytest.mark.parametrize("case", BAD_PAIRS)
 def test_a_bad_example_is_named(case: str) -> None:
     raw, message = BAD_PAIRS[case]
