@@ -148,7 +148,7 @@ def base_model(name: str) -> str:
     path = find(name, CONFIG_NAME)
     entry = {} if path is None else json.loads(path.read_text(encoding="utf-8")).get("px", {})
     told = str(entry.get("base_model") or "")
-    if Path(told).is_dir() or told.count("/") == 1:
+    if told and (Path(told).is_dir() or told.count("/") == 1):
         return told
     raise px.InvalidArgumentError(
         f"{name} does not say which model it was made from. Name --dense_model_name_or_path."
