@@ -131,7 +131,12 @@ def subjects(args: argparse.Namespace, temporary: Path) -> dict[str, str]:
         label = f"{scope} {100 * masks.sparsity:.4g} %"
         found[label] = str(temporary / label.replace(":", "_").replace(" ", ""))
         px.save_pretrained(model, masks, found[label])
-    return found | {Path(name).name: name for name in args.model_name_or_path}
+    for name in args.model_name_or_path:
+        label = Path(name).name if Path(name).name not in found else name
+        if label in found:
+            raise px.InvalidArgumentError(f"--model_name_or_path names {name} twice.")
+        found[label] = name
+    return found
 
 
 def pair(text: str) -> tuple[str, float]:
