@@ -29,10 +29,10 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def parse(scope: str) -> tuple[int, int] | None:
     """(n, m) of a scope "n:m"; None for a scope of another kind. InvalidArgumentError unless 0 < n < m."""
-    if not isinstance(scope, str) or ":" not in scope:
+    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", scope) if isinstance(scope, str) else None
+    if found is None:
         return None
-    found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", scope)
-    n, m = map(int, found.groups()) if found else (0, 0)
+    n, m = map(int, found.groups())
     if not 0 < n < m:
         raise InvalidArgumentError(
             f"scope={scope!r}: n:m keeps n of every m weights and needs 0 < n < m, as in '2:4' or '4:8'."

@@ -131,7 +131,12 @@ def subjects(args: argparse.Namespace, temporary: Path) -> dict[str, str]:
         label = f"{scope} {100 * masks.sparsity:.4g} %"
         found[label] = str(temporary / label.replace(":", "_").replace(" ", ""))
         px.save_pretrained(model, masks, found[label])
-    return found | {Path(name).name: name for name in args.model_name_or_path}
+    for name in args.model_name_or_path:
+        label = Path(name).name if Path(name).name not in found else name
+        if label in found:
+            raise px.InvalidArgumentError(f"--model_name_or_path names {name} twice.")
+        found[label] = name
+    return found
 
 
 def pair(text: str) -> tuple[str, float]:
@@ -148,7 +153,7 @@ def base_model(name: str) -> str:
     path = find(name, CONFIG_NAME)
     entry = {} if path is None else json.loads(path.read_text(encoding="utf-8")).get("px", {})
     told = str(entry.get("base_model") or "")
-    if Path(told).is_dir() or told.count("/") == 1:
+    if told and (Path(told).is_dir() or told.count("/") == 1):
         return told
     raise px.InvalidArgumentError(
         f"{name} does not say which model it was made from. Name --dense_model_name_or_path."

@@ -86,7 +86,7 @@ def linear(outputs: int, inputs: int, rows: int, sparsity: float) -> Ways:
         "CSR": lambda: (csr @ x.t()).t().add(bias),
         "CSR, 64 rows": lambda: sliced(x),
         "F.linear(CSR)": lambda: F.linear(x, csr).add_(bias),
-        "COO": lambda: torch.sparse.mm(coo, x.t()).t().add(bias),
+        "COO": lambda: torch.sparse.mm(coo, x.t().contiguous()).t().add(bias),
         "BSR 4×4": lambda: (bsr @ x.t()).t().add(bias),
     }
 

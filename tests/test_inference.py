@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -110,16 +110,16 @@ def test_the_sparse_kernels_are_compared_to_the_same_results(capsys, monkeypatch
     assert all(line.count("|") == 7 for line in lines if line)
 
 
-def test_without_onnx_the_row_says_so(models: tuple[Path, Path]) -> None:
-    script = (
-        "import sys, importlib.util as u; sys.path.insert(0, sys.argv[1]); find = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'onnxruntime' else find(name, *rest)\n"
-        "import torch, inference_runtimes as r\n"
-        "try: r.prepare('ONNX Runtime', torch.nn.Linear(2, 2), torch.zeros(1, 2))\n"
-        "except r.Unavailable as error: print(error)"
-    )
-    recipes = str(Path(benchmark_inference.__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", script, recipes], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "DependencyError: ONNX export needs onnxruntime" in done.stdout
+def test_without_onnx_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    with pytest.raises(inference_runtimes.Unavailable, match="DependencyError: ONNX export needs onnxruntime"):
+        inference_runtimes.prepare("ONNX Runtime", nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_models_are_told_apart(tmp_path: Path) -> None:
+    args = benchmark_inference.parse(["--dense_model_name_or_path", "d", "--model_name_or_path", "a/x", "b/x"])
+    assert benchmark_inference.subjects(args, tmp_path) == {"dense": "d", "x": "a/x", "b/x": "b/x"}
+    args.model_name_or_path = ["b/x", "x", "x"]
+    with pytest.raises(px.InvalidArgumentError, match="names x twice"):
+        benchmark_inference.subjects(args, tmp_path)
