@@ -61,7 +61,15 @@ if dist.is_initialized():
 
 def environment(**changes: str) -> dict[str, str]:
     cleared = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
-    return cleared | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | changes
+    return (
+        cleared
+        | {
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        | changes
+    )
 
 
 def launch(
