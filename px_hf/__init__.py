@@ -36,6 +36,7 @@ from .criteria import (
 from .errors import (
     CheckpointError,
     DataError,
+    DependencyError,
     HubError,
     InvalidArgumentError,
     LaunchError,
@@ -54,20 +55,25 @@ from .select import select
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .export import export_onnx
     from .finetune import KeepMasks, keep_masks
     from .hub import from_pretrained, save_pretrained
+    from .kernels import accelerate_24_, accelerate_csr_
     from .push import push_to_hub
 
 _register()
 
 _LAZY = {
     "KeepMasks": "finetune",
+    "accelerate_24_": "kernels",
+    "accelerate_csr_": "kernels",
+    "export_onnx": "export",
     "keep_masks": "finetune",
     "from_pretrained": "hub",
     "push_to_hub": "push",
     "save_pretrained": "hub",
 }
-"""Names whose module needs transformers, which takes seconds to import: loaded when first used."""
+"""Names that are loaded when first used: most need transformers, which takes seconds to import."""
 
 
 def __getattr__(name: str) -> Any:
@@ -91,6 +97,7 @@ __all__ = [
     "CheckpointError",
     "Criterion",
     "DataError",
+    "DependencyError",
     "GemMiner",
     "GraSP",
     "HubError",
@@ -111,7 +118,10 @@ __all__ = [
     "UnsupportedOpError",
     "Wanda",
     "__version__",
+    "accelerate_24_",
+    "accelerate_csr_",
     "add_rule",
+    "export_onnx",
     "from_pretrained",
     "keep_masks",
     "prune",

@@ -44,6 +44,7 @@ def model_card(
     report: Report,
     *,
     results: Mapping[str, float] | None = None,
+    downstream: Mapping[str, Any] | None = None,
     license: str | None = None,
     revision: str | None = None,
 ) -> str:
@@ -52,9 +53,12 @@ def model_card(
     `config`: its `config.json`, with the entry "px". `files`: name -> size in bytes of what goes to the Hub.
     `results`: numbers by the names that Trainer gives them: `test_accuracy` or `eval_accuracy` (of a validation
     split) of the pruned model, as fractions, and the same with `dense_` in front for the unpruned one.
+    `downstream`: the content of `downstream.json`, as `px_hf.evaluation.page` describes it.
 
     Raises InvalidArgumentError if a result is not a finite number.
     """
+    from .evaluation.page import markdown  # which needs scikit-learn
+
     px, results = config["px"], _checked(results or {})
     library = "timm" if "architecture" in config else "transformers"
     rows = [
@@ -64,7 +68,7 @@ def model_card(
         if key in results
     ]
     card = ModelCard.from_template(
-        _metadata(repo_id, px, library, results, license),
+        _metadata(repo_id, config, library, results, downstream, license),
         template_path=str(_TEMPLATE),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -72,10 +76,12 @@ def model_card(
         summary=_summary(config, px),
         results=[(label, *(_number(key, results.get(of)) for of in (f"dense_{key}", key))) for label, key in rows],
         compared=any(f"dense_{key}" in results for _, key in rows),
+        downstream=markdown(downstream).rstrip() if downstream else "",
         costs=_costs(report),
         has_macs=report.macs is not None,
         files=_weights(files),
-        stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files),
+        stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files, _segments(config)),
+        task=_task(config),
         pipeline=library == "timm" or "preprocessor_config.json" in files,
         revision="" if revision is None else f', revision="{revision}"',
         settings=_settings(px),
@@ -100,12 +106,20 @@ def _signed(text: str) -> str:
 
 
 def _metadata(
-    repo_id: str, px: Mapping[str, Any], library: str, results: Mapping[str, float], license: str | None
+    repo_id: str,
+    config: Mapping[str, Any],
+    library: str,
+    results: Mapping[str, float],
+    downstream: Mapping[str, Any] | None,
+    license: str | None,
 ) -> ModelCardData:
+    from .evaluation.page import model_index
+
+    px = config["px"]
     base, dataset = _hub_base(px), str(px.get("dataset_id") or px.get("dataset") or "")
     evaluations = [
         EvalResult(
-            task_type="image-classification",
+            task_type=_task(config),
             dataset_type=dataset,
             dataset_name=str(px.get("dataset") or dataset),
             dataset_split=split,
@@ -115,13 +129,15 @@ def _metadata(
         for prefix, split in _SPLITS.items()
         if f"{prefix}_accuracy" in results and dataset
     ]
+    evaluations += model_index(downstream) if downstream else []
     more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
     if evaluations:
-        more |= {"model_name": repo_id.split("/")[-1], "eval_results": evaluations, "metrics": ["accuracy"]}
+        more |= {"model_name": repo_id.split("/")[-1], "eval_results": evaluations}
+        more["metrics"] = sorted({evaluation.metric_type for evaluation in evaluations})
     return ModelCardData(
         library_name=library,
         license=license,
-        pipeline_tag="image-classification",
+        pipeline_tag=_task(config),
         tags=[*TAGS],
         base_model=base,
         datasets=[px["dataset_id"]] if px.get("dataset_id") else None,
@@ -140,7 +156,7 @@ def _hub_base(px: Mapping[str, Any]) -> str | None:
 def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
     what = config.get("architecture") or (config.get("architectures") or ["model"])[0]
     classes = config.get("num_classes") or len(config.get("id2label") or ())
-    facts = [f"Image classifier {_code(what)}"]
+    facts = [f"{'Semantic segmentation model' if _segments(config) else 'Image classifier'} {_code(what)}"]
     if classes:
         facts.append(f"{classes:,} classes")
     if px.get("base_model"):
@@ -157,6 +173,15 @@ def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
         f"{', '.join(facts)}. **{100 * px['sparsity']:.4g} %** of its prunable weights were pruned{by} with px_hf: "
         f"{px['weights_kept']:,} of {px['weights']:,} are left, the rest are exact zeros."
     )
+
+
+def _segments(config: Mapping[str, Any]) -> bool:
+    return str((config.get("architectures") or [""])[0]).endswith("ForSemanticSegmentation")
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    """The Hub's name of the task, which is that of the pipeline too."""
+    return "image-segmentation" if _segments(config) else "image-classification"
 
 
 def _control(px: Mapping[str, Any]) -> str | None:
@@ -207,13 +232,13 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     )
 
 
-def _stock_code(library: str, repo_id: str, revision: str | None, has_processor: bool) -> str:
+def _stock_code(library: str, repo_id: str, revision: str | None, has_processor: bool, segments: bool) -> str:
     if library == "timm":
         at = f"@{revision}" if revision else ""
         return f'import timm\n\nmodel = timm.create_model("hf-hub:{repo_id}{at}", pretrained=True).eval()'
     more = f', revision="{revision}"' if revision else ""
-    lines = [f'model = AutoModelForImageClassification.from_pretrained("{repo_id}"{more})']
-    names = ["AutoModelForImageClassification"]
+    auto = "AutoModelForSemanticSegmentation" if segments else "AutoModelForImageClassification"
+    lines, names = [f'model = {auto}.from_pretrained("{repo_id}"{more})'], [auto]
     if has_processor:
         lines.append(f'processor = AutoImageProcessor.from_pretrained("{repo_id}"{more})')
         names.insert(0, "AutoImageProcessor")

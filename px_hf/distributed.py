@@ -67,6 +67,16 @@ def same_everywhere(digest: bytes, model: nn.Module) -> bool:
     return bool(torch.equal(highest, lowest))
 
 
+def raise_together(problem: PxError | None) -> None:
+    """Raise on every process the first error that any of them has met, so that none waits for another in vain."""
+    if processes().world_size > 1:
+        from accelerate.utils import gather_object
+
+        problem = next((error for error in gather_object([problem]) if error is not None), None)
+    if problem is not None:
+        raise problem
+
+
 def on_main(function: Callable[[], Result]) -> Result:
     """What `function` returns on the main process, on every process; it runs on the main process alone.
 

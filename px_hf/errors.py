@@ -44,3 +44,7 @@ class OutputExistsError(PxError, FileExistsError):
 
 class HubError(PxError, OSError):
     """Nothing was pushed: no token, no permission, the Hub refuses or does not answer, no room on the disk."""
+
+
+class DependencyError(PxError, ImportError):
+    """An optional library is not installed; the message names the extra that has it."""

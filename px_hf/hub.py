@@ -24,7 +24,12 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+)
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from . import timm_models
@@ -108,7 +113,7 @@ def save_pretrained(
 
 
 def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """Load an image classifier that `save_pretrained` wrote: the compact copy if there is one, else the dense one.
+    """Load a model that `save_pretrained` wrote: the compact copy if there is one, else the dense one.
 
     It comes back as what it was, a transformers model, or a timm model if it was saved as one. (In TimmWrapper:
     `AutoModelForImageClassification.from_pretrained` of the same folder.) The weights are bit for bit those of the
@@ -146,7 +151,7 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
         return _through_transformers(folder_or_repo_id, kwargs | download)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = build_empty(lambda: AutoModelForImageClassification.from_config(config, **building), source)
+    model = build_empty(lambda: _auto_class(content).from_config(config, **building), source)
     fill(model, file, source)
     config.name_or_path = source
     return model.eval()
@@ -155,6 +160,13 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
 _DOWNLOAD = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
 _BUILDING = ("dtype", "trust_remote_code", "attn_implementation")
 _QUANTIZATION = {"quant_method": QUANT_METHOD, "version": VERSION, "dequantize": True}
+
+
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    """For image classification, or semantic segmentation if the config names such an architecture."""
+    names = config.get("architectures") or ["?"]
+    segments = isinstance(names, list) and str(names[0]).endswith("ForSemanticSegmentation")
+    return AutoModelForSemanticSegmentation if segments else AutoModelForImageClassification
 
 
 def _timm_model(
@@ -192,9 +204,8 @@ def _through_transformers(folder_or_repo_id: str | os.PathLike[str], kwargs: Map
     """Load with stock `from_pretrained`, and check what came."""
     masks = Masks.from_pretrained(folder_or_repo_id, **{k: v for k, v in kwargs.items() if k in _DOWNLOAD})
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            folder_or_repo_id, **kwargs, output_loading_info=True
-        )
+        found = _read_config(folder_or_repo_id, {k: v for k, v in kwargs.items() if k in _DOWNLOAD})
+        model, info = _auto_class(found).from_pretrained(folder_or_repo_id, **kwargs, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"transformers cannot load {str(folder_or_repo_id)!r}: {error}") from error
     unfilled = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]

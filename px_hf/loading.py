@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .compact import CompactFile
 from .compact.matching import match
@@ -20,7 +22,7 @@ def build_empty(build: Callable[[], nn.Module], source: str) -> nn.Module:
     Raises CheckpointError if it cannot: a config that anybody may have written can fail in any way.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _NothingToFill():
             return build()
     except PxError:
         raise
@@ -28,6 +30,20 @@ def build_empty(build: Callable[[], nn.Module], source: str) -> nn.Module:
         raise CheckpointError(
             f"The model that config.json of {source!r} describes cannot be built: {type(error).__name__}: {error}"
         ) from error
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Leaves out what initialises tensors of the meta device, which took most of the time of building a model."""
+
+    fills = frozenset({"normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in self.fills:
+            filled = args[0] if args else kwargs.get("tensor")  # as torch.nn.init passes it
+            if isinstance(filled, Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 def fill(model: nn.Module, file: CompactFile, source: str, *, stored_dtypes: bool = False) -> None:
@@ -61,8 +77,13 @@ def fill(model: nn.Module, file: CompactFile, source: str, *, stored_dtypes: boo
     for name, tensor in expected.items():
         first.setdefault(id(tensor), name)
     tied = {name: first[id(tensor)] for name, tensor in expected.items() if first[id(tensor)] != name}
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-        loaded = dict(zip(first.values(), threads.map(load, first.values()), strict=True))
+    coded = set(file.pruned)
+    pruned = [name for name in first.values() if names[name] in coded]
+    pruned.sort(key=lambda name: -expected[name].numel())  # so that no thread is left with a large one at the end
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        decoded = threads.map(load, pruned)
+        loaded = {name: load(name) for name in first.values() if names[name] not in coded}
+        loaded |= zip(pruned, decoded, strict=True)
     model.load_state_dict(loaded | {name: loaded[owner] for name, owner in tied.items()}, assign=True)
     for name, owner in tied.items():
         module, _, leaf = name.rpartition(".")

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import select_nm
 from .batches import Batches, inputs_of
 from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
-from .select import SCOPES, check_min_layer_density, check_sparsity, select
+from .select import check_count, check_min_layer_density, check_scope, check_sparsity, select_step
 from .targets import prunable, unwrap
 
 
@@ -53,18 +54,22 @@ def prune(
         sparsity: fraction of the prunable weights to prune, in [0, 1).
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
         scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike, ``"row"`` every
-            output of every layer. Default: the criterion's own, which is ``"global"`` for most.
+            output of every layer. ``"n:m"``, such as ``"2:4"``, keeps at most n of every m consecutive inputs of
+            an output (`px_hf.select_nm`): exactly n with sparsity 1 - n/m, fewer with a higher one, which is then
+            ranked over all weights; in every round the n best of each group stay as long as the budget allows.
+            Layers with fewer inputs than m (a stem on 3 colours, depthwise convolutions) stay dense and have no
+            masks. Default: the criterion's own, which is ``"global"`` for most.
         prune_head: also prune the classifier head.
         min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
             [0, 1 - sparsity], against layers that are pruned empty.
         progress: show a bar over the rounds, on the main process.
 
     Returns:
-        Masks over the prunable weights, with ``round(sparsity · weights)`` pruned.
+        Masks over the prunable weights, with ``round(sparsity · weights)`` of these pruned.
 
     Raises:
         InvalidArgumentError: a setting outside its range.
-        TargetError: no prunable weights, or weights that no path reaches.
+        TargetError: no prunable weights, weights that no path reaches, or inputs that ``"n:m"`` does not divide.
         DataError: ``batches`` is empty, can be read only once, or is malformed.
         UnsupportedOpError: the criterion does not know an operation of the model.
         NonFiniteError: the model's output or a score is not finite.
@@ -73,7 +78,10 @@ def prune(
     scope = _validate(criterion, sparsity, rounds, scope)
     check_min_layer_density(min_layer_density, sparsity)
     model = unwrap(model)
-    targets = prunable(model, prune_head)
+    targets: Mapping[str, Tensor] = prunable(model, prune_head)
+    if pattern := select_nm.parse(scope):
+        targets = select_nm.in_groups(model, targets, pattern[1])
+        check_count(scope, sparsity, targets)
     _require_finite(targets)
     group = processes()
     rounds = rounds if criterion.iterative else 1
@@ -88,7 +96,8 @@ def prune(
             model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
         )
         target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
-        masks = select(scores, sparsity=target, scope=scope, within=masks, min_layer_density=min_layer_density)
+        scores = {name: scores[name] for name in targets}
+        masks = select_step(scores, target, scope, masks, min_layer_density, final=t == rounds)
     assert masks is not None
     if group.is_main:
         _warn_of_empty_layers(masks._tensors, 1 - sparsity)
@@ -104,8 +113,7 @@ def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str | N
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
     scope = criterion.scope if scope is None else scope
-    if scope not in SCOPES:
-        raise InvalidArgumentError(f"scope={scope!r}: expected one of {', '.join(map(repr, SCOPES))}.")
+    check_scope(scope)
     return scope
 
 

@@ -81,6 +81,7 @@ def push_to_hub(
     provenance: Mapping[str, Any] | None = None,
     results: Mapping[str, float] | None = None,
     model_report: Report | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
     license: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -98,6 +99,9 @@ def push_to_hub(
     `results`, for the card: numbers by the names that Trainer gives them, such as `test_accuracy`, `eval_accuracy`
     and, of the unpruned model, `dense_test_accuracy`; accuracies are fractions.
     `model_report`, for the card: by default `report(model, masks)`.
+    `evaluation`: the output folder of recipes/evaluate_downstream.py on this very model. Its page goes into the card,
+    its metrics into the card's `model-index`, its files beside the model. By default the folder that the model was
+    loaded from, if it holds a report of the same weights (`--add_to_model` puts it there).
     `license`: an identifier of the Hub, such as `"apache-2.0"`.
     `repo_id`: `"user/name"`, or `"name"` for the user whose token it is.
     `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`: as in transformers'
@@ -115,8 +119,11 @@ def push_to_hub(
 
     Raises HubError, which says what to do, if nothing was pushed: no token, no permission, a revision that is no
     branch, no connection, an error of the Hub, no room for the temporary copy. InvalidArgumentError for a malformed
-    `repo_id`, and what `save_pretrained` raises.
+    `repo_id` or an `evaluation` of another model, CheckpointError for a damaged one, and what `save_pretrained`
+    raises.
     """
+    from .evaluation.attached import attach  # which needs scikit-learn
+
     _check_repo_id(repo_id)
     if not processes().is_main:
         return None
@@ -133,7 +140,9 @@ def push_to_hub(
             )
             if masks.kept < masks.total:
                 plot_layer_sparsity(masks, folder / PLOT_FILE)
-        card = {"results": results, "license": license, "revision": None if create_pr else revision}
+            downstream = attach(folder, model, masks, evaluation)
+        card = {"results": results, "downstream": downstream, "license": license}
+        card["revision"] = None if create_pr else revision
         about = model_report or report(model, masks)
         _write_card(folder, repo_id, about, **card)
         if dry_run:
@@ -286,9 +295,11 @@ def _explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
             raise HubError(f"Nothing was pushed to {repo_id}: {why}. (The Hub said {status}: {says})") from error
         if _is_network(error):
             last = list(_causes(error))[-1]
+            without = " If it breaks off each time, set HF_HUB_DISABLE_XET=1, which uploads by git-lfs."
             raise HubError(
                 f"The connection to the Hub broke off ({type(last).__name__}: {last}), and the push to {repo_id} was "
                 "not confirmed. Call push_to_hub again: what was uploaded is not sent again."
+                f"{without if 'xet' in str(last) else ''}"
             ) from error
         raise
 

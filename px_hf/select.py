@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import select_nm
 from .errors import InvalidArgumentError, NonFiniteError, TargetError
 from .masks import Masks
 
@@ -47,24 +49,64 @@ def select(
     `sparsity * n` rounded half to even are pruned, but one weight is always kept.
     `scope`: "global" counts over all weights, "layer" over each tensor by itself, "row" over each row of a tensor
     (its first axis: the weights of one output) by itself. Rows of a tensor may differ by one weight, so that
-    the tensor as a whole has the count of "layer".
+    the tensor as a whole has the count of "layer". "n:m", such as "2:4", keeps at most n of every m consecutive
+    weights along the inputs (`px_hf.select_nm` says how): exactly n with sparsity 1 - n/m, and with a higher one
+    those of them that rank highest over all weights.
     `within`: only weights kept there may be kept. The sparsity still counts over all weights; if `within`
     leaves fewer than are to be kept, all of them are.
 
     `min_layer_density`: with scope "global", the fraction of each tensor, in [0, 1 - sparsity], that is kept
     in any case: its own best weights. The rest of the budget is ranked over all weights as ever.
 
-    Raises InvalidArgumentError for a setting out of range, negative scores, or scores that are no float
-    tensors; NonFiniteError for NaN or infinite scores; TargetError if `within` is about other weights.
+    Raises InvalidArgumentError for a setting out of range (with "n:m" also a sparsity below 1 - n/m), negative
+    scores, or scores that are no float tensors; NonFiniteError for NaN or infinite scores; TargetError if `within` is
+    about other weights, or "n:m" does not divide the inputs.
+    """
+    return select_step(scores, sparsity, scope, within, min_layer_density, final=True)
+
+
+def select_step(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str,
+    within: Masks | None,
+    min_layer_density: float,
+    *,
+    final: bool,
+) -> Masks:
+    """`select`, or, unless `final`, a step on the way to a higher sparsity: with scope "n:m" it may be below 1 - n/m.
+
+    Then the n best of each group are kept in any case and the rest of the budget is ranked over all weights, so
+    that later steps find n of every m.
     """
     density = 1 - Fraction(repr(check_sparsity(sparsity)))
-    if scope not in SCOPES:
-        raise InvalidArgumentError(f"Unknown scope {scope!r}, expected one of {', '.join(map(repr, SCOPES))}.")
+    method = _method(scope)
     _check_scores(scores)
+    if pattern := select_nm.parse(scope):
+        select_nm.check_shapes(scores, pattern[1])
+        if final:
+            check_count(scope, sparsity, scores)
     if within is not None:
         _check_within(within, scores)
     floor = Fraction(repr(check_min_layer_density(min_layer_density, sparsity)))
-    return Masks(SCOPES[scope](scores, density, {} if within is None else within._tensors, floor))
+    return Masks(method(scores, density, {} if within is None else within._tensors, floor))
+
+
+def check_scope(scope: str) -> None:
+    """InvalidArgumentError unless `scope` is one of `SCOPES` or "n:m" with 0 < n < m."""
+    _method(scope)
+
+
+def check_count(scope: str, sparsity: float, tensors: Mapping[str, Tensor]) -> None:
+    """InvalidArgumentError if `sparsity` would keep more of the weights than scope "n:m" allows."""
+    if pattern := select_nm.parse(scope):
+        n, m = pattern
+        allowed = sum(tensor.numel() // m * n for tensor in tensors.values())
+        if _count(tensors, 1 - Fraction(repr(float(sparsity)))) > allowed:
+            raise InvalidArgumentError(
+                f"sparsity={sparsity!r} is less than scope={scope!r} prunes in any case. Use {1 - n / m:.6g} for "
+                f"exactly {n} of every {m} weights, or more, to prune over all layers within that pattern."
+            )
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -128,13 +170,37 @@ def _row(scores: _Tensors, density: Fraction, within: _Tensors, floor: Fraction)
     return masks
 
 
-SCOPES: dict[str, Callable[[_Tensors, Fraction, _Tensors, Fraction], dict[str, Tensor]]] = {
+def _n_of_m(
+    n: int, m: int, scores: _Tensors, density: Fraction, within: _Tensors, floor: Fraction
+) -> dict[str, Tensor]:
+    best = select_nm.best_of_groups(scores, within, n, m)
+    count = _count(scores, density)
+    if count <= sum(score.numel() // m * n for score in scores.values()):
+        return _global(scores, density, best, floor)
+    rest = {name: ~mask & within[name] if within else ~mask for name, mask in best.items()}
+    count -= sum(int(mask.count_nonzero()) for mask in best.values())
+    return {name: mask | best[name] for name, mask in _keep_top(scores, count, rest).items()}
+
+
+_Method = Callable[[_Tensors, Fraction, _Tensors, Fraction], dict[str, Tensor]]
+
+SCOPES: dict[str, _Method] = {
     "global": _global,
     "layer": _layer,
     "row": _row,
 }
 """Scope -> (checked scores, fraction to keep, what may be kept; no entry = everything, fraction of each
-tensor to keep in any case) -> masks."""
+tensor to keep in any case) -> masks. Beside these there is "n:m"."""
+
+
+def _method(scope: str) -> _Method:
+    if pattern := select_nm.parse(scope):
+        return partial(_n_of_m, *pattern)
+    if scope not in SCOPES:
+        raise InvalidArgumentError(
+            f"Unknown scope {scope!r}, expected one of {', '.join(map(repr, SCOPES))}, or 'n:m', such as '2:4'."
+        )
+    return SCOPES[scope]
 
 
 def _count(scores: _Tensors, density: Fraction) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch.distributed as dist
 from torch import nn
 
 from .errors import TargetError
@@ -71,6 +72,27 @@ def patch_embedding(model: nn.Module) -> set[nn.Module]:
     return set()
 
 
+def _require_whole(model: nn.Module) -> None:
+    sharded = dist.is_available() and dist.is_initialized() and _is_sharded(model)
+    if sharded or any(p.is_meta for p in model.parameters()):
+        how = "its weights are sharded over the processes (FSDP)" if sharded else "it has weights on the meta device"
+        raise TargetError(
+            f"{type(model).__name__} cannot be pruned as it is: {how}. Prune it, and apply the masks, before "
+            "accelerator.prepare, fully_shard or offloading: load it whole on one device, call px.prune and "
+            "masks.apply_(model) on every process, and wrap it then."
+        )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """By FSDP2, whose parameters are DTensors, or by FSDP1, which flattens them."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    )
+
+
 def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Parameter]:
     """The prunable weights of ``model``, by their name in ``named_parameters()`` and in its order.
 
@@ -79,9 +101,10 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
     out unless ``prune_head``.
 
     Raises:
-        TargetError: there is none.
+        TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded.
     """
     model = unwrap(model)
+    _require_whole(model)
     left_out: set[nn.Module] = set() if prune_head else head_modules(model)
     left_out |= patch_embedding(model)
     chosen: set[nn.Parameter] = set()

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME
 import px_hf as px
 from px_hf.controls import CONTROLS
 from px_hf.data import DataSource
+from px_hf.select import check_scope
 
 EXAMPLE_MODEL = str(Path(__file__).parent / "demo" / "resnet")
 EXAMPLE = {
@@ -139,8 +140,8 @@ class ScoringArguments:
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "Rank all weights together, or within each layer or output. Default: the criterion's own.",
-            "choices": ["global", "layer", "row"],
+            "help": "Rank all weights together (global), within each layer or each output (row), or n:m, as in 2:4: "
+            "keep at most n of m inputs in a row. Default: the criterion's own.",
         },
     )
     min_layer_density: float = field(
@@ -151,6 +152,10 @@ class ScoringArguments:
     scoring_batch_size: int = field(
         default=16, metadata={"help": "Images scored at once. Smaller saves memory; scores do not depend on it."}
     )
+
+    def __post_init__(self) -> None:
+        if self.scope is not None:
+            check_scope(self.scope)
 
     def criterion_object(self) -> px.Criterion:
         """The criterion of that name, with `power`. **Raises** `InvalidArgumentError` if it takes none."""
@@ -298,7 +303,8 @@ def parse_groups(
         )
     if not pushes and any(getattr(group, "push_to_hub", False) for group in found):
         raise px.InvalidArgumentError(
-            "--push_to_hub is for recipes/prune_finetune.py: this recipe makes no one model."
+            "--push_to_hub is for recipes/prune_finetune.py and recipes/evaluate_downstream.py: this recipe makes no "
+            "one model."
         )
     return found
 

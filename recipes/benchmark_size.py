@@ -11,7 +11,8 @@ Sizes. "bound" is `n·H(sparsity) + kept·bits` for the prunable weights plus al
 file as `zip` makes it (DEFLATE, level 6).
 
 Times are seconds from the call until the logits of one image are there, because safetensors maps a dense file into
-memory and reads none of it before the first forward. "cold": the file is not in the system's cache.
+memory and reads none of it before the first forward. "cold": the file is not in the system's cache. "CPU": of all
+threads together, which other work on the machine disturbs least. Each figure is the least of its repeats.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,7 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9, 0.95, 0.98])
-    parser.add_argument("--repeats", type=int, default=5, help="loads of each kind; the median is shown")
+    parser.add_argument("--repeats", type=int, default=5, help="loads of each kind; the least is shown")
+    parser.add_argument("--tables", nargs="+", default=["sizes", "loads"], choices=["sizes", "loads"])
     parser.add_argument("--output", type=Path, help="also write the tables to this file")
     parser.add_argument("--peak", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,15 +74,15 @@ def main() -> None:
     sizes = ["| model | pruned by | dtype | sparsity | bound | compact | over bound | dense | dense, zipped |"]
     sizes += ["|" + "---|" * 9]
     loads = [
-        "| model | sparsity | loaded | returns | logits | logits, cold | to dense | cold, to dense | peak memory |"
+        "| model | dtype | sparsity | loaded | logits | cold | CPU | to dense | cold | CPU | peak memory | to dense |"
     ]
-    loads += ["|" + "---|" * 9]
+    loads += ["|" + "---|" * 12]
     for name in args.models:
-        for criterion in CRITERIA:
-            for sparsity in args.sparsities:
-                sizes += size_rows(name, criterion, sparsity)
         for sparsity in args.sparsities:
-            loads += load_rows(name, sparsity, args.repeats)
+            for criterion in CRITERIA if "sizes" in args.tables else ():
+                sizes += size_rows(name, criterion, sparsity)
+            for dtype in DTYPES if "loads" in args.tables else ():
+                loads += load_rows(name, dtype, sparsity, args.repeats)
     text = "\n".join([*sizes, "", *loads]) + "\n"
     print(text)
     if args.output:
@@ -107,7 +108,7 @@ def size_rows(name: str, criterion: str, sparsity: float) -> list[str]:
             others = sum(tensor.nbytes for key, tensor in model.state_dict().items() if key not in masks)
             bound = others + masks.total * entropy(masks.sparsity) / 8 + masks.kept * dtype.itemsize
             size = compact.stat().st_size
-            zipped = f"{zipped_bytes(dense) / 1e6:.2f} MB" if (criterion, short) == ("magnitude", "fp32") else ""
+            zipped = f"{zipped_bytes(dense) / 1e6:.2f} MB" if criterion == "magnitude" else ""
             rows.append(
                 f"| {name} | {criterion} | {short} | {sparsity:.0%} | {bound / 1e6:.2f} MB | {size / 1e6:.2f} MB "
                 f"| {size / bound - 1:+.2%} | {dense.stat().st_size / 1e6:.1f} MB | {zipped} |"
@@ -116,27 +117,30 @@ def size_rows(name: str, criterion: str, sparsity: float) -> list[str]:
     return rows
 
 
-def load_rows(name: str, sparsity: float, repeats: int) -> list[str]:
+def load_rows(name: str, dtype: str, sparsity: float, repeats: int) -> list[str]:
     model, masks = pruned(name, "magnitude", sparsity)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
-        px.save_pretrained(model, masks, out)
+        px.save_pretrained(model.to(DTYPES[dtype]), masks, out)
         del model, masks
         times: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in LOADERS}
         for _ in range(repeats + 1):
             for kind in LOADERS:  # in turn, so that the machine's other work meets all alike
                 evict(out)
-                _, cold = timed(kind, out)
-                times[kind].append((*timed(kind, out), cold))
-        rows, first = [], None
+                cold, _ = timed(kind, out)
+                warm, cpu = timed(kind, out)
+                times[kind].append((warm, cold, cpu))
+        rows: list[str] = []
+        dense: tuple[list[float], int] | None = None
         for kind, seconds in times.items():
-            returns, logits, cold = (statistics.median(column) for column in list(zip(*seconds[1:], strict=True)))
-            first = first or (logits, cold)
+            least = [min(column) for column in zip(*seconds[1:], strict=True)]
             command = [sys.executable, __file__, "--peak", kind, str(out)]
-            peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            dense = dense or (least, peak)
+            ratios = " | ".join(f"{mine / other:.2f}" for mine, other in zip(least, dense[0], strict=True))
             rows.append(
-                f"| {name} | {sparsity:.0%} | {kind} | {returns:.3f} s | {logits:.3f} s | {cold:.3f} s "
-                f"| {logits / first[0]:.2f} | {cold / first[1]:.2f} | {peak} MiB |"
+                f"| {name} | {dtype} | {sparsity:.0%} | {kind} | {' | '.join(f'{value:.3f} s' for value in least)} "
+                f"| {ratios} | {peak} MiB | {peak / dense[1]:.2f} |"
             )
             print(rows[-1], file=sys.stderr)
     return rows
@@ -144,13 +148,12 @@ def load_rows(name: str, sparsity: float, repeats: int) -> list[str]:
 
 @torch.inference_mode()
 def timed(kind: str, folder: Path) -> tuple[float, float]:
-    """Seconds until the model is returned, and until its first logits are there."""
+    """Seconds until the first logits are there, by the clock and of CPU."""
     image = torch.zeros(1, 3, 224, 224)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     model = LOADERS[kind](folder)
-    returned = time.perf_counter() - start
-    model(image)
-    return returned, time.perf_counter() - start
+    model(image.to(model.dtype))
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def peak_mib(kind: str, folder: str) -> int:

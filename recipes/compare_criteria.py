@@ -15,8 +15,8 @@ or seeds only add cells; another budget (epochs, learning rate, ...) makes cells
 tables show those of the command's budget.
 
 A method is the name of a criterion, with settings: `px-active:power=0.5:rounds=50`, `magnitude:scope=layer`,
-`snip:rounds=1` (the single shot), `magnitude:control=shuffle` (see px_hf.controls). The dense network is always one
-of the rows. For each cell:
+`magnitude:scope=2:4`, `snip:rounds=1` (the single shot), `magnitude:control=shuffle` (see px_hf.controls). The dense
+network is always one of the rows. For each cell:
 
 1. Draw `examples_per_class` training images by the seed, draw a head by the seed (or take the fitted one), prune.
 2. *No fine-tuning*: accuracy with a head that was fitted once to the dense model's features (logistic regression,

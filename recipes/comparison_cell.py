@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 
 import px_hf as px
 from px_hf.controls import CONTROLS, apply_control_
-from px_hf.select import SCOPES
+from px_hf.select import check_scope
 
 DENSE = "dense"
 
@@ -44,7 +45,7 @@ class Method:
     @classmethod
     def parse(cls, text: str, rounds: int) -> Method:
         """**Raises** `InvalidArgumentError` for an unknown name, key or value."""
-        name, *settings = text.split(":")
+        name, *settings = re.split(r":(?!\d)", text)  # the colon of scope=2:4 divides no settings
         if name not in px.CRITERIA:
             raise px.InvalidArgumentError(
                 f"Method {text!r}: no criterion {name!r}; there are {', '.join(px.CRITERIA)}."
@@ -68,10 +69,12 @@ class Method:
         return method
 
     def _check(self, text: str) -> None:
-        if self.scope not in SCOPES or self.control not in CONTROLS:
-            raise px.InvalidArgumentError(
-                f"Method {text!r}: expected a scope of {', '.join(SCOPES)} and a control of {', '.join(CONTROLS)}."
-            )
+        try:
+            check_scope(self.scope)
+        except px.InvalidArgumentError as error:
+            raise px.InvalidArgumentError(f"Method {text!r}: {error}") from error
+        if self.control not in CONTROLS:
+            raise px.InvalidArgumentError(f"Method {text!r}: expected a control of {', '.join(CONTROLS)}.")
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
             raise px.InvalidArgumentError(f"Method {text!r}: rounds must be a whole number ≥ 1.")
 

@@ -11,7 +11,7 @@ linear probe and fine-tuned: dense 89 and 90 %, pruned 62 and 75 %, random 29 an
     accelerate launch recipes/evaluate_downstream.py --model_name_or_path outputs/my-pruned-model \\
         --tasks beans cifar100 photos/ my_task.yaml --num_train_epochs 3
     accelerate launch recipes/evaluate_downstream.py --model_name_or_path timm/resnet50.a1_in1k \\
-        --sparsity 0.5 0.7 0.9 --prune_on imagenet_sample.yaml --tasks beans --methods knn ridge linear
+        --sparsity 0.5 0.7 0.9 --unlabelled_dir photos/ --tasks beans --methods knn ridge linear
 
 A task is an embedded one (digits, greek, letters), a dataset of the Hub, a local folder, or a YAML file of data
 arguments (dataset_name, train_file, test_file, image_column_name, max_train_samples, ...; see --help of
@@ -19,16 +19,18 @@ recipes/prune_finetune.py). Probes are fitted on the training split, their one s
 split, and everything is reported on the test split, which nothing else sees; where there is no test split, the
 validation split is it, and another is taken off the training split. Fine-tuning chooses nothing.
 
-The output folder holds downstream.json, downstream.png, downstream.md (a section for a model card; --add_to_model
-copies the three into the model's own folder), tasks/ and features/. An interrupted run continues where it stopped:
-results are written task by task and model by model. A task that fails is in the report, the others run, and the exit
-status is 1. Two processes without a GPU:
+The output folder holds downstream.json, downstream.png, downstream.md (a section for a model card), tasks/ and
+features/. --add_to_model copies the first three into the model's own folder, where px.push_to_hub finds them;
+--push_to_hub --hub_model_id me/name publishes the model with them: the page is in its card, every metric of every task
+in the card's model-index. An interrupted run continues where it stopped: results are written task by task and model by
+model. A task that fails is in the report, the others run, and the exit status is 1. Two processes without a GPU:
 
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate_downstream.py
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -41,25 +43,27 @@ from arguments import (
     EXAMPLE_MODEL,
     FineTuneArguments,
     ModelArguments,
-    ScoringArguments,
     parse_groups,
 )
-from backbone import load_processor
+from backbone import load_model, load_processor
 from evaluation import Evaluation
+from pruning_source import Source, SourceArguments
 from subjects import Subject, dense_and_pruned, prune
 from summary import Phases
 from tasks import find_tasks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 import px_hf as px
-from px_hf.data import Preprocess, calibration_set
+from px_hf.data import Preprocess
 from px_hf.distributed import processes
-from px_hf.evaluation.page import FIGURE_FILE, METHODS, PAGE_FILE, RESULTS_FILE
+from px_hf.evaluation.attached import weights_fingerprint
+from px_hf.evaluation.page import METHODS, REPORT_FILES
+from px_hf.push import claim_repo
 from px_hf.select import check_sparsity
 
 
 @dataclass
-class EvaluateArguments(ScoringArguments):
+class EvaluateArguments(SourceArguments):
     """What is evaluated, on what, and how."""
 
     tasks: list[str] = field(
@@ -95,12 +99,20 @@ def main(argv: list[str]) -> int:
     model_args, args, training = parse(argv)
     out, phases = Path(training.output_dir), Phases(quiet=not main_process)
     tasks = find_tasks(args.tasks, args.max_train_samples, args.max_eval_samples)
+    push, training.push_to_hub = training.push_to_hub, False  # else Trainer pushes too
     with phases("Load"):
         pixels = Preprocess(load_processor(model_args))
         subjects, notes = dense_and_pruned(model_args, args.dense_model_name_or_path)
+        saved = next((subject for subject in subjects if subject.masks is not None), None)
+        if push and (saved is None or not Path(model_args.model_name_or_path).is_dir()):
+            raise px.InvalidArgumentError("--push_to_hub publishes a pruned model from its folder, and this is none.")
+    repo_id = training.hub_model_id or Path(model_args.model_name_or_path).absolute().name
+    if push and main_process:  # a token that may not is better known now than after the evaluation
+        repo_id = claim_repo(repo_id, private=training.hub_private_repo, token=training.hub_token)
     if args.sparsity:
         with phases("Prune"):
-            subjects += prune_here(model_args, args, training, subjects, pixels)
+            pruned, how = prune_here(model_args, args, training, subjects, pixels)
+            subjects, notes = [*subjects, *pruned], [*notes, how]
     if args.random_control:
         subjects += [control for subject in subjects if (control := subject.control(subjects)) is not None]
     for note in notes:
@@ -111,12 +123,16 @@ def main(argv: list[str]) -> int:
     results: dict[str, Any] = {
         "model": model_args.short_name(),
         "pruned_here": bool(args.sparsity),
-        "notes": [*notes, *evaluation.notes()],
+        "weights_sha256": None if saved is None else fingerprint(saved, model_args, training),
+        "notes": [*notes, *evaluation.notes(random=any(subject.kind == "random" for subject in subjects))],
     }
     failed = evaluation.run(tasks, lambda *_: subjects, results, settings)
     if args.add_to_model and main_process:
-        for name in (RESULTS_FILE, FIGURE_FILE, PAGE_FILE):
+        for name in REPORT_FILES:
             shutil.copy(out / name, Path(model_args.model_name_or_path, name))
+    if push and main_process:
+        with phases("Push"):
+            phases.say(push_evaluated(model_args, training, repo_id, pixels))
     return failed
 
 
@@ -131,18 +147,22 @@ def parse(argv: list[str]) -> tuple[ModelArguments, EvaluateArguments, FineTuneA
             {"output_dir": "outputs/downstream-{model}"}
             | ({**embedded, "num_train_epochs": 5.0} if named.model_name_or_path == EXAMPLE_MODEL else {})
         ),
+        pushes=True,
     )
     if model_args.model_name_or_path == EXAMPLE_MODEL and not args.sparsity:
         args.sparsity = [0.9]
     if model_args.model_name_or_path.startswith(str(Path(EXAMPLE_MODEL).parent)):
-        args.prune_on = args.prune_on or "letters"
+        args.prune_on = args.prune_on or (None if args.unlabelled_dir else "letters")
         torch.set_num_threads(1)  # more cost more than they give for images this small, and round differently
     for sparsity in args.sparsity:
         check_sparsity(sparsity)
     if len({f"{sparsity:.3f}" for sparsity in args.sparsity}) < len(args.sparsity):
         raise px.InvalidArgumentError("--sparsity names the same sparsity twice.")
-    if args.sparsity and not args.prune_on:
-        raise px.InvalidArgumentError("--sparsity needs --prune_on: the task whose images the model is pruned on.")
+    if args.sparsity and bool(args.prune_on) == bool(args.unlabelled_dir):
+        raise px.InvalidArgumentError(
+            "--sparsity needs either --prune_on, a task whose training images the model is pruned on, or "
+            "--unlabelled_dir, a folder of images."
+        )
     if args.add_to_model and not Path(model_args.model_name_or_path).is_dir():
         raise px.InvalidArgumentError("--add_to_model writes into the model's folder, and the model is none.")
     training.output_dir = training.output_dir.replace("{model}", Path(model_args.model_name_or_path).name)
@@ -157,21 +177,45 @@ def prune_here(
     training: FineTuneArguments,
     subjects: list[Subject],
     pixels: Preprocess,
-) -> list[Subject]:
-    """The dense model, pruned to each sparsity asked for on images of `--prune_on`."""
+) -> tuple[list[Subject], str]:
+    """The dense model, pruned to each sparsity asked for on `--prune_on` or `--unlabelled_dir`, and a note on how."""
     if len(subjects) != 1 or subjects[0].masks is not None:
         raise px.InvalidArgumentError(f"{model_args.model_name_or_path} is pruned already: leave out --sparsity.")
-    (source,) = find_tasks([args.prune_on or ""])
-    task = source.load(training.seed, model_args.cache_dir)
-    batches = calibration_set(
-        task.train,
-        task.labels,
-        pixels,
-        examples_per_class=args.examples_per_class,
-        seed=training.seed,
-        batch_size=args.scoring_batch_size,
+    source = Source.read(args.prune_on, args, model_args, training, pixels)
+    batches = source.batches()
+    images = sum(len(batch["pixel_values"]) for batch in batches)
+    how = f"Pruned by {args.criterion_object()!r} in {args.rounds} rounds on {images} images of {source.name}."
+    return [prune(subjects[0], args, sparsity, training, source.labels, batches) for sparsity in args.sparsity], how
+
+
+def fingerprint(subject: Subject, model_args: ModelArguments, training: FineTuneArguments) -> str:
+    """Of the pruned model as it was saved, with its own head."""
+    assert subject.masks is not None
+    return weights_fingerprint(load_model(model_args, None, training), subject.masks)
+
+
+def push_evaluated(model_args: ModelArguments, training: FineTuneArguments, repo_id: str, pixels: Preprocess) -> str:
+    """Publishes the model's folder with the report in the output folder; the address of the commit.
+
+    What the folder knows of the model's provenance and results goes along. **Raises** `HubError`.
+    """
+    folder = Path(model_args.model_name_or_path)
+    trust = {"trust_remote_code": True} if model_args.trust_remote_code else {}
+    known = folder / "all_results.json"
+    results = json.loads(known.read_text()) if known.is_file() else {}
+    commit = px.push_to_hub(
+        px.from_pretrained(folder, **trust),
+        px.Masks.from_pretrained(folder),
+        repo_id,
+        image_processor=pixels.processor,
+        provenance=json.loads((folder / "config.json").read_text()).get("px"),
+        results={key: value for key, value in results.items() if key.endswith(("_accuracy", "_loss"))},
+        evaluation=training.output_dir,
+        private=training.hub_private_repo,
+        token=training.hub_token,
+        revision=training.hub_revision,
     )
-    return [prune(subjects[0], args, sparsity, training, task.labels, batches) for sparsity in args.sparsity]
+    return str(commit.commit_url)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers import PrinterCallback
 
 import px_hf as px
 from px_hf.data import Augment, ClassificationTask, Preprocess
+from px_hf.data.check import read_all
 from px_hf.distributed import on_main, processes
 from px_hf.evaluation import PROBES, Examples, FeatureCache, classification_scores, head_inputs
 from px_hf.evaluation.features import features_key
@@ -72,7 +73,8 @@ class Evaluation:
                 except Exception as error:
                     if processes().world_size > 1 and not isinstance(error, px.PxError):
                         raise  # the other processes know nothing of it
-                    record["error"] = f"{type(error).__name__}: {error}"
+                    named = "" if repr(task.name) in str(error) else f"Task {task.name!r}: "
+                    record["error"] = f"{type(error).__name__}: {named}{error}"
                     self.phases.say(f"Failed. {record['error']}")
                 results["tasks"][task.name] = record
         if processes().is_main:
@@ -82,8 +84,8 @@ class Evaluation:
             self._show(results)
         return sum(record["error"] is not None for record in results["tasks"].values())
 
-    def notes(self) -> list[str]:
-        """What a reader must know to read the numbers."""
+    def notes(self, random: bool) -> list[str]:
+        """What a reader must know to read the numbers; `random`: whether random masks are among the models."""
         probes = [METHODS[method] for method in self.methods if method in PROBES]
         told = []
         if probes:
@@ -102,7 +104,7 @@ class Evaluation:
             "Intervals are for other test images of the same kind, not for other training seeds: Wilson's for "
             "accuracy and top-5, a bootstrap of 1,000 resamples for macro F1 and balanced accuracy.",
             "Calibration error: expected, of the predicted class, 15 bins of equal width, no interval.",
-            "Random: the dense model under a mask with the same density in each layer, drawn at random.",
+            *["Random: the dense model under a mask with the same density in each layer, drawn at random."] * random,
         ]
 
     def _file(self, task: Task) -> Path:
@@ -140,6 +142,9 @@ class Evaluation:
         splits = {"train": data.train, "validation": data.validation, "test": data.test}
         record["examples"] = {name: len(split) for name, split in splits.items()}
         self.phases.say(f"{', '.join(f'{count:,} {name}' for name, count in record['examples'].items())} images")
+        if not PROBES.keys() & set(self.methods):  # whose features need every image before anything is trained
+            ready = [split.with_pixels(self.pixels) for split in splits.values()]
+            read_all(ready, progress=not self.training.disable_tqdm)
         for subject in subjects:
             done = record["results"].setdefault(subject.name, {})
             probes = [method for method in self.methods if method in PROBES and method not in done]
@@ -216,7 +221,7 @@ def probe(method: str, examples: dict[str, Examples], classes: int, seed: int) -
 def finetune(
     subject: Subject, task: Task, data: ClassificationTask, training: FineTuneArguments, pixels: Preprocess
 ) -> dict[str, Any]:
-    """Trained on train with the masks kept, scored on test."""
+    """Trained on train with the masks kept, scored on test: every test image once, however many processes."""
     start = time.perf_counter()
     model = subject.load(data.labels, training)
     augment = Augment(pixels, task.data.random_crop, task.data.horizontal_flip)
@@ -232,6 +237,10 @@ def finetune(
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     if masks is not None and (revived := masks.revived(model)):
         raise px.TargetError(f"{sum(revived.values())} pruned weights are not zero after training.")
+    if not np.array_equal(output.label_ids, data.test.labels):
+        raise RuntimeError(
+            f"{len(output.label_ids)} predictions do not belong to the {len(data.test)} test images in their order."
+        )
     probabilities = torch.softmax(torch.from_numpy(np.asarray(logits, dtype=np.float64)), -1).numpy()
     scores = classification_scores(probabilities, np.asarray(output.label_ids), seed=training.seed)
     return {"scores": scores, "seconds": round(time.perf_counter() - start, 2)}

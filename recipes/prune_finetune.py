@@ -56,6 +56,8 @@ import px_hf as px
 from px_hf.controls import apply_control_
 from px_hf.data import Augment, Preprocess, Split, calibration_set, classification_task, read_dataset
 from px_hf.distributed import processes
+from px_hf.evaluation.attached import is_about
+from px_hf.evaluation.page import read_results
 from px_hf.plots import plot_layer_sparsity, plot_training
 from px_hf.push import claim_repo
 from px_hf.select import check_sparsity
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> None:
         masks, how = kept_masks(model_args, model)
         batches = None
     else:
-        if is_sparse(model):
+        if is_sparse(model.config):
             phases.say("The backbone is sparse already. It is pruned anew; --keep_masks would keep its masks.")
         batches = calibration_set(
             splits["train"],
@@ -256,7 +258,11 @@ def push_finished(
     metrics: dict[str, float],
     report: px.Report,
 ) -> str:
-    """Push to the Hub, and the address of the commit. **Raises** `HubError` with the way to push without training."""
+    """Push to the Hub, and the address of the commit. **Raises** `HubError` with the way to push without training.
+
+    A report of recipes/evaluate_downstream.py on this very model, in the output folder, goes along.
+    """
+    found = read_results(training.output_dir)
     try:
         commit = px.push_to_hub(
             model,
@@ -266,6 +272,7 @@ def push_finished(
             provenance=provenance,
             results=metrics,
             model_report=report,
+            evaluation=training.output_dir if found is not None and is_about(found, model, masks) else None,
             private=training.hub_private_repo,
             token=training.hub_token,
             revision=training.hub_revision,

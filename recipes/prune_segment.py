@@ -12,10 +12,11 @@ test scenes, one run: dense 60 %, pruned 54 %.
         --test_file test.parquet --annotation_column_name mask --reduce_labels
 
 A model is one that `AutoModelForSemanticSegmentation` loads (SegFormer, UPerNet, DPT, BEiT, ...), or a backbone
-(ResNet, Swin, ConvNeXt, DINOv2, ...), which gets a new UPerNet decoder. The decoder stays dense unless --prune_head;
-an auxiliary head is left out. Data: any dataset with a column of images and one of maps, a class number for each
-pixel. Mean IoU is over all pixels of a split that count, at the size that the image processor makes; its interval is
-a bootstrap over images. The output folder is that of recipes/prune_finetune.py, with segmentation.png.
+(ResNet, Swin, ConvNeXt, DINOv2, ..., or one of timm), which gets a new UPerNet decoder. The decoder stays dense
+unless --prune_head; an auxiliary head is left out. Data: any dataset with a column of images and one of maps, a class
+number for each pixel. All of it is read once before anything is trained. Mean IoU is over all pixels of a split that
+count, at the size that the image processor makes; its interval is a bootstrap over images. The output folder is that
+of recipes/prune_finetune.py, with segmentation.png.
 """
 
 from __future__ import annotations
@@ -31,27 +32,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, ScoringArguments, parse_groups
-from backbone import load_processor
 from demo_scenes import SCENE_CLASSES, SIZE, VOID, scenes
 from output_folder import RUN_FILE, begin, check_same_run, claim, find_checkpoint, write_json
 from rich.table import Table
+from segment_model import load_map_processor, load_model
 from summary import Phases
 from transformers import (
-    AutoConfig,
     AutoModelForSemanticSegmentation,
     EvalPrediction,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-    set_seed,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
 from transformers.trainer_utils import SaveStrategy
 
 import px_hf as px
 from px_hf.data import DataSource, Preprocess, read_dataset
+from px_hf.data.check import read_all
 from px_hf.data.segmentation import MapSplit, SegmentationTask, count_classes, find_pair, segmentation_task
 from px_hf.distributed import processes
 from px_hf.evaluation.figure import plot_segmentation
@@ -103,11 +100,15 @@ def main(argv: list[str]) -> None:
     checkpoint = find_checkpoint(out, training.resume_from_checkpoint)
     claim(out, training.overwrite_output_dir, checkpoint)
     with phases("Load"):
-        processor = load_processor(model_args)
+        processor = load_map_processor(model_args)
         if not args.source():
             processor.size = {"height": SIZE, "width": SIZE}
         task = load_task(args, training, Preprocess(processor), model_args.cache_dir)
-        model = load_model(model_args, args, task.labels, training)
+        splits = [split for split in (task.train, task.validation, task.test) if split is not None]
+        read_all(splits, progress=not training.disable_tqdm)
+        for split in splits:
+            split.require_labels()
+        model = load_model(model_args, args.decoder_size, task.labels, training)
         phases.say(f"{type(model).__name__}: {model.num_parameters():,} parameters, {len(task.labels)} classes")
     drawn = task.train.sample(args.scoring_images, training.seed)
     size = args.scoring_batch_size
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
         with phases("Fine-tune dense"):
             unsaved = copy.copy(training)
             unsaved.save_strategy = SaveStrategy.NO
-            dense = load_model(model_args, args, task.labels, training)
+            dense = load_model(model_args, args.decoder_size, task.labels, training)
             trainer, counts = make_trainer(dense, train, task, unsaved)
             trainer.train()
             done["dense"] = evaluate(trainer, counts, data)
@@ -228,6 +229,8 @@ def load_task(
         raw = read_dataset(source, cache_dir) if source else scenes()
     if args.class_names_file:
         labels = read_class_names(args.class_names_file)
+        if len(labels) == args.ignore_index + 1:
+            labels.pop()  # the name of the pixels that do not count
     elif not source:
         labels, args.ignore_index = SCENE_CLASSES, VOID
     else:
@@ -266,45 +269,6 @@ def read_class_names(file: str) -> list[str]:
         raise px.InvalidArgumentError(
             f"Cannot read --class_names_file {file}: {type(error).__name__}: {error}"
         ) from error
-
-
-def load_model(
-    model_args: ModelArguments, args: SegmentArguments, labels: list[str], training: FineTuneArguments
-) -> PreTrainedModel:
-    """A segmentation model without auxiliary head, or a backbone under a new UPerNet decoder; the same on every call.
-
-    **Raises** `InvalidArgumentError` for a model that is neither.
-    """
-    set_seed(training.seed)
-    name, hub = model_args.model_name_or_path, model_args.hub()
-    config = AutoConfig.from_pretrained(name, **hub)
-    named = {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
-    if type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
-        for key, value in named.items():
-            setattr(config, key, value)
-        if hasattr(config, "use_auxiliary_head"):
-            config.use_auxiliary_head = False
-        model = AutoModelForSemanticSegmentation.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, **hub
-        )
-        return model.to(training.device)
-    if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
-        raise px.InvalidArgumentError(
-            f"{type(config).__name__} of {name} is neither a segmentation model nor a backbone of transformers. Name "
-            "a SegFormer, UPerNet, DPT or BEiT, or a ResNet, Swin, ConvNeXt or DINOv2."
-        )
-    stages = list(config.stage_names)[1:]
-    config.out_features = stages if len(stages) <= 4 else stages[len(stages) // 4 - 1 :: len(stages) // 4][:4]
-    backbone = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(
-        name, config=config, dtype=torch.float32, **hub
-    )
-    upernet = UperNetConfig(
-        backbone_config=backbone.config, hidden_size=args.decoder_size, use_auxiliary_head=False, **named
-    )
-    set_seed(training.seed)
-    model = UperNetForSemanticSegmentation(upernet)
-    model.backbone = backbone
-    return model.to(training.device)
 
 
 def make_trainer(

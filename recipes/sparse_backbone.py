@@ -5,16 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from arguments import ModelArguments
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import px_hf as px
 from px_hf.hub import OF_MASKS
+from px_hf.timm_models import WRAPPER_PREFIX
 
 
-def is_sparse(model: PreTrainedModel) -> bool:
+def is_sparse(config: PreTrainedConfig) -> bool:
     """Whether the configuration says that px_hf pruned the model."""
-    told = getattr(model.config, "px", None) or {}
+    told = getattr(config, "px", None) or {}
     return told.get("weights_kept", 0) < told.get("weights", 0)
+
+
+def read_masks(model_args: ModelArguments, config: PreTrainedConfig) -> px.Masks:
+    """The masks that came with the backbone, by the names that its weights have in transformers.
+
+    **Raises** `CheckpointError` if it has none.
+    """
+    hub = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
+    masks = px.Masks.from_pretrained(model_args.model_name_or_path, **hub)
+    if config.model_type != "timm_wrapper":
+        return masks
+    return px.Masks({f"{WRAPPER_PREFIX}{name.removeprefix(WRAPPER_PREFIX)}": mask for name, mask in masks.items()})
 
 
 def kept_masks(model_args: ModelArguments, model: PreTrainedModel) -> tuple[px.Masks, dict[str, Any]]:
@@ -24,9 +37,8 @@ def kept_masks(model_args: ModelArguments, model: PreTrainedModel) -> tuple[px.M
     head of another size than the task's.
     """
     name = model_args.model_name_or_path
-    hub = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
     try:
-        masks = px.Masks.from_pretrained(name, **hub)
+        masks = read_masks(model_args, model.config)
     except px.CheckpointError as error:
         raise px.CheckpointError(f"--keep_masks needs a backbone that px_hf has pruned. {error}") from error
     if revived := masks.revived(model):

@@ -10,6 +10,7 @@ from typing import Any
 
 from arguments import FineTuneArguments, ModelArguments, ScoringArguments
 from backbone import load_model
+from sparse_backbone import is_sparse, read_masks
 from transformers import AutoConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -74,23 +75,23 @@ def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[li
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
     except (OSError, ValueError) as error:
         raise px.CheckpointError(f"Cannot load {model_args.model_name_or_path}: {error}") from error
-    entry = getattr(config, "px", None)
-    if not entry:
+    entry = getattr(config, "px", None) or {}
+    if not is_sparse(config):
         if parent:
             raise px.InvalidArgumentError(
                 f"{model_args.model_name_or_path} is not a pruned model of px_hf: it has no parent."
             )
         return [Subject("dense", "dense", model_args)], []
 
-    download = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
-    masks = px.Masks.from_pretrained(model_args.model_name_or_path, **download)
+    masks = read_masks(model_args, config)
     model = Subject(f"pruned {_percent(masks)}", "pruned", model_args, masks)
     notes = []
     told = str(entry.get("base_model") or "")
-    if parent is None and (Path(told).is_dir() or told.count("/") == 1):
+    if parent is None and told and (Path(told).is_dir() or told.count("/") == 1):
         parent = told
     if parent is None:
-        return [model], [f"No dense parent to compare with: {told!r} is not here. Name --dense_model_name_or_path."]
+        missing = f"{told!r} is not here" if told else "the model does not name it"
+        return [model], [f"No dense parent to compare with: {missing} (--dense_model_name_or_path would be)."]
     revision = entry.get("base_revision") if parent == told else None
     dense = Subject(
         "dense", "dense", replace(model_args, model_name_or_path=parent, model_revision=revision or "main")

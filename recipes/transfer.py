@@ -20,24 +20,22 @@ come from training splits. Tasks, output folder, resuming and failures are as in
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments, ScoringArguments, parse_groups
+from arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments, parse_groups
 from backbone import load_processor
 from evaluation import Evaluation
-from PIL import Image
+from pruning_source import Source, SourceArguments
 from subjects import Subject, prune
 from summary import Phases
 from tasks import Task, find_tasks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 import px_hf as px
-from px_hf.data import CalibrationSet, ClassificationTask, Preprocess, calibration_set
-from px_hf.data.split import to_rgb
+from px_hf.data import ClassificationTask, Preprocess
 from px_hf.distributed import processes
 from px_hf.select import check_sparsity
 
@@ -45,15 +43,12 @@ BASES = ("source", "target", "mix")
 
 
 @dataclass
-class TransferArguments(ScoringArguments):
+class TransferArguments(SourceArguments):
     """Where from, where to."""
 
     source: str | None = field(
         default=None,
         metadata={"help": "The task to prune on once: an embedded one, a dataset, a folder, a YAML file."},
-    )
-    unlabelled_dir: str | None = field(
-        default=None, metadata={"help": "Instead: a folder of images without labels, at any depth."}
     )
     targets: list[str] = field(
         default_factory=lambda: ["digits", "greek"], metadata={"help": "Tasks to fine-tune on, named likewise."}
@@ -63,7 +58,6 @@ class TransferArguments(ScoringArguments):
     )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     random_control: bool = field(default=True, metadata={"help": "Fine-tune a random mask, too."})
-    max_unlabelled: int = field(default=100, metadata={"help": "Score on at most so many unlabelled images."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples a task."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for each other split."})
 
@@ -78,19 +72,17 @@ def main(argv: list[str]) -> int:
 
     with phases("Load"):
         pixels = Preprocess(load_processor(model_args))
-        source = Source.read(args, model_args, training, pixels)
+        source = Source.read(args.source, args, model_args, training, pixels)
         if source.name in {task.name for task in targets}:
             raise px.InvalidArgumentError(f"{source.name!r} is the source and a target.")
     with phases(f"Prune on {source.name}"):
-        once = prune(
-            dense, args, args.sparsity, training, source.labels, source.batches(1), f"pruned on {source.name}"
-        )
+        once = prune(dense, args, args.sparsity, training, source.labels, source.batches(), f"pruned on {source.name}")
 
     def pruned_on(basis: str, data: ClassificationTask) -> Subject:
         if basis == "source":
             return once
         if basis == "target":
-            batches, name = list(source.calibration(data, 1)), "pruned on the target"
+            batches, name = list(source.calibration(data)), "pruned on the target"
         else:
             batches, name = [*source.calibration(data, 2), *source.batches(2)], "pruned on both"
         return prune(dense, args, args.sparsity, training, data.labels, batches, name)
@@ -107,7 +99,7 @@ def main(argv: list[str]) -> int:
         "notes": [
             f"Pruned by {args.criterion_object()!r} to a sparsity of {args.sparsity:g}, on training images of "
             f"{source.name}, of the target, or half of each.",
-            *evaluation.notes(),
+            *evaluation.notes(random=args.random_control),
         ],
     }
     settings = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
@@ -146,66 +138,6 @@ def parse(argv: list[str]) -> tuple[ModelArguments, TransferArguments, FineTuneA
     training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     training.logging_strategy = IntervalStrategy.NO
     return model_args, args, training
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the network is pruned on once; `labels` is None for unlabelled images."""
-
-    name: str
-    args: TransferArguments
-    training: FineTuneArguments
-    pixels: Preprocess
-    task: ClassificationTask | None
-    files: Sequence[Path] = ()
-
-    @classmethod
-    def read(
-        cls, args: TransferArguments, model_args: ModelArguments, training: FineTuneArguments, pixels: Preprocess
-    ) -> Source:
-        """**Raises** `DataError` if the task cannot be read or there is no image."""
-        if args.source is not None:
-            (task,) = find_tasks([args.source])
-            return cls(task.name, args, training, pixels, task.load(training.seed, model_args.cache_dir))
-        folder, known = Path(args.unlabelled_dir or ""), Image.registered_extensions()
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
-        if not files:
-            raise px.DataError(f"No images in {folder}.")
-        generator = torch.Generator().manual_seed(training.seed)
-        chosen = torch.randperm(len(files), generator=generator)[: args.max_unlabelled]
-        return cls(folder.absolute().name, args, training, pixels, None, [files[i] for i in chosen.tolist()])
-
-    @property
-    def labels(self) -> list[str] | None:
-        return None if self.task is None else self.task.labels
-
-    def batches(self, share: int) -> Sequence[Any]:
-        """All of the scoring images, or one in `share` of them."""
-        if self.task is not None:
-            return list(self.calibration(self.task, share))
-        files, size = self.files[::share], self.args.scoring_batch_size
-        groups = (files[start : start + size] for start in range(0, len(files), size))
-        return [{"pixel_values": self.pixels([_read(file) for file in group])} for group in groups]
-
-    def calibration(self, task: ClassificationTask, share: int) -> CalibrationSet:
-        """The scoring images of a task, or one in `share` of them, of every class."""
-        return calibration_set(
-            task.train,
-            task.labels,
-            self.pixels,
-            examples_per_class=max(1, self.args.examples_per_class // share),
-            seed=self.training.seed,
-            batch_size=self.args.scoring_batch_size,
-        )
-
-
-def _read(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return to_rgb(image)
-    except Exception as error:  # as in px_hf.data: Pillow raises many kinds for bad files
-        raise px.DataError(f"Unreadable image {file}: {type(error).__name__}: {error}. Remove it.") from error
 
 
 if __name__ == "__main__":

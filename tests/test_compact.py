@@ -382,6 +382,20 @@ def test_a_hostile_index_is_refused(index: str, message: str, tmp_path: Path) ->
         CompactFile.open(tmp_path)
 
 
+@pytest.mark.parametrize("twice", ['"bias":', '"data_offsets":', '"__metadata__":'])
+def test_a_header_that_repeats_a_name_is_refused(twice: str, tmp_path: Path) -> None:
+    forge(tmp_path, WEIGHT, CODED)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].decode()
+    entry = json.JSONDecoder().raw_decode(header[header.index(twice) + len(twice) :])[0]
+    repeated = header.replace(twice, f"{twice}{json.dumps(entry)},{twice}", 1).encode()
+    file.write_bytes(len(repeated).to_bytes(8, "little") + repeated + content[8 + length :])
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        CompactFile.open(tmp_path)
+
+
 @pytest.mark.parametrize("coding", ["deflated-bits", "deflated-gaps"])
 def test_a_bomb_is_not_inflated(coding: str, tmp_path: Path) -> None:
     forge(tmp_path, *coded(zlib.compress(bytes(2**27)), coding, [1000]))
@@ -392,6 +406,46 @@ def test_a_bomb_is_not_inflated(coding: str, tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**21
     finally:
         tracemalloc.stop()
+
+
+def test_decoding_takes_the_memory_of_what_it_returns(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {f"{i}.weight": torch.randn(1024, 1024 * i, generator=generator) for i in range(1, 6)}
+    masks = Masks({name: tensor > 0 for name, tensor in state.items()})
+    write_compact({name: tensor * masks[name] for name, tensor in state.items()}, masks, tmp_path)
+    honest = sum(tensor.nbytes for tensor in state.values())
+    tracemalloc.start()
+    try:
+        file = CompactFile.open(tmp_path)
+        tensors = [file.tensor(name) for name in file.shapes]
+        assert honest <= tracemalloc.get_traced_memory()[1] < 1.05 * honest
+        del file, tensors
+        assert tracemalloc.get_traced_memory()[0] < 0.01 * honest
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensors_are_apart_and_aligned_as_those_of_torch(tmp_path: Path) -> None:
+    state, masks = pruned_state()
+    write_compact(state, masks, tmp_path)
+    file = CompactFile.open(tmp_path)
+    for _ in range(2):  # more than the memory was made for
+        tensors = {name: file.tensor(name) for name in masks}
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
+        for tensor in tensors.values():
+            tensor.fill_(3)
+    assert all(same(file.tensor(name), tensor) for name, tensor in state.items())
+    save_file(tensors, tmp_path / "again.safetensors")  # which refuses tensors that share memory
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    state, masks = pruned_state()
+    write_compact(state, masks, tmp_path)
+    file = CompactFile.open(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as opened:
+        opened.truncate(file._stored["a.weight:px_values"].start + 3)
+    with pytest.raises(CheckpointError, match=r"'a.weight' in .*the file ends within it|'a.weight' in .*zlib"):
+        file.tensor("a.weight")
 
 
 # ------------------------------------------------------------------------------------------------ writing: refused

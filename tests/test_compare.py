@@ -234,6 +234,8 @@ METHOD_ROWS = [
     ("px-active:power=0.5:rounds=7", px.PX("active", 0.5), 7, "global", "none"),
     ("magnitude:scope=layer:control=shuffle", px.Magnitude(), 20, "layer", "shuffle"),
     ("wanda", px.Wanda(), 20, "row", "none"),
+    ("magnitude:scope=2:4:rounds=3", px.Magnitude(), 3, "2:4", "none"),
+    ("px-active:rounds=3:scope=16:32", px.CRITERIA["px-active"], 3, "16:32", "none"),
     ("ntk-trace:probes=2", px.NTKTrace(probes=2), 20, "global", "none"),
     ("ntk-trace-sampled:probes=null", px.NTKTrace(), 20, "global", "none"),
 ]
@@ -250,7 +252,8 @@ BAD = [
     (["--methods", "px:powr=1"], px.InvalidArgumentError, "'powr=1' is no setting.*power"),
     (["--methods", "px:power"], px.InvalidArgumentError, "'power' is no setting"),
     (["--methods", "px:power=-1"], px.InvalidArgumentError, "power=-1"),
-    (["--methods", "px:scope=all"], px.InvalidArgumentError, "expected a scope of"),
+    (["--methods", "px:scope=all"], px.InvalidArgumentError, "'px:scope=all'.*'all', expected one of"),
+    (["--methods", "px:scope=4:2"], px.InvalidArgumentError, "needs 0 < n < m"),
     (["--methods", "px:control=no"], px.InvalidArgumentError, "a control of none, shuffle"),
     (["--methods", "px:rounds=0"], px.InvalidArgumentError, "rounds must be"),
     (["--methods", "px", "px"], px.InvalidArgumentError, "--methods names the same twice"),

@@ -388,6 +388,19 @@ def test_image_folders_parquet_files_and_a_local_dataset_folder_read_the_same(tm
         assert task.train.images([0])[0].mode == "RGB"
 
 
+@pytest.mark.parametrize("names", [["b", "a"], ["a", "b", "c"]])
+def test_parquet_files_of_a_folder_with_other_class_names_are_an_error(tmp_path: Path, names: list[str]) -> None:
+    """datasets reads them with the names of the first file: labels would mean other classes, silently."""
+    image = Image.new("RGB", (4, 4))
+    for split, classes in (("train", ["a", "b"]), ("test", names)):
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=classes)})
+        Dataset.from_dict({"image": [image] * 4, "label": [0, 1] * 2}, features=features).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    with pytest.raises(DataError, match=r"test.parquet has other classes in column 'label'.*\['a', 'b'\]"):
+        read_dataset(DataSource(dataset_name=str(tmp_path)))
+
+
 def test_a_class_folder_missing_from_train_dir_is_named(tmp_path: Path) -> None:
     for split, names in (("train", NAMES[:2]), ("validation", NAMES)):
         for label, name in enumerate(names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.linear_model import Ridge as SklearnRidge
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 import px_hf as px
 from px_hf.evaluation.page import markdown, model_index, read_results
@@ -32,7 +42,7 @@ import evaluation  # noqa: E402
 import transfer  # noqa: E402
 from tasks import find_tasks  # noqa: E402
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 AB = ClassLabel(names=["a", "b"])
 
 
@@ -135,6 +145,21 @@ def test_a_run_reports_every_model_method_and_metric(finished: tuple[Path, dict[
     assert not any(path.name.startswith(".") for path in out.rglob("*"))
 
 
+def test_the_embedded_run(tmp_path: Path) -> None:
+    """The command of the README, which names nothing, on fewer images and epochs: the letters' network knows Greek."""
+    argv = ["--max_train_samples", "300", "--max_eval_samples", "150", "--num_train_epochs", "1", "--rounds", "5"]
+    argv += ["--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"]
+    assert evaluate_downstream.main(argv) == 0
+    results = json.loads((tmp_path / "out/downstream.json").read_text())
+    assert results["model"] == "resnet"
+    assert sorted(results["tasks"]) == ["digits", "greek"]
+    found = results["tasks"]["greek"]["results"]
+    accuracy = {name: by_method["linear"]["scores"]["accuracy"]["value"] for name, by_method in found.items()}
+    assert accuracy["dense"] > accuracy["pruned 90 %"] > accuracy["random 90 %"]
+    assert accuracy["dense"] > 0.7
+    assert all(sorted(by_method) == ["finetune", "knn", "linear", "ridge"] for by_method in found.values())
+
+
 def test_the_ridge_probe_is_that_of_the_model_by_other_means(
     folder: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -198,25 +223,66 @@ def test_results_of_other_settings_are_not_mixed_in(folder: Path, finished: tupl
 
 
 def test_two_processes_give_the_results_of_one(folder: Path, finished: tuple[Path, dict[str, Any]]) -> None:
-    """Probes exactly; fine-tuning counts every one of the 61 test images once."""
+    """By `accelerate launch`. Probes exactly; fine-tuning predicts every one of the 61 test images once, which the
+    recipe checks itself. In a second run a task whose images one process alone finds bad fails on both, and the next
+    task runs.
+    """
+    bad = task_file(folder, "bad", train=with_a_broken_image(), test=pictures([0, 1]))
+    runs = [
+        settings(folder, "two", "--per_device_train_batch_size", "4", *PRUNED_HERE[:1], *PRUNED_HERE[2:]),
+        settings(folder, "half", "--methods", "finetune", "--num_train_epochs", "1", tasks=(bad, "digits")),
+    ]
+    script = f"import sys\nsys.path.insert(0, {str(RECIPES)!r})\nimport evaluate_downstream\n"
+    script += f"assert [evaluate_downstream.main(argv) for argv in {runs!r}] == [0, 1]\n"
+    (folder / "runs.py").write_text(script)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        command = [*LAUNCH, "--main_process_port", str(free.getsockname()[1]), str(folder / "runs.py")]
     clean = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
     env = clean | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    argv = settings(folder, "two", "--per_device_train_batch_size", "4", *PRUNED_HERE[:1], *PRUNED_HERE[2:])
-    command = [*TWO, str(RECIPES / "evaluate_downstream.py"), *argv]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
     two = json.loads((folder / "two/downstream.json").read_text())["tasks"]["digits"]["results"]
     one = finished[1]["tasks"]["digits"]["results"]
     assert sorted(two) == ["dense", "pruned 80 %", "random 80 %"]
     for subject in two:
-        by_method = one[subject]
         for method in ("knn", "ridge", "linear"):
-            assert two[subject][method]["scores"] == by_method[method]["scores"]
+            assert two[subject][method]["scores"] == one[subject][method]["scores"]
         accuracy = two[subject]["finetune"]["scores"]["accuracy"]["value"]
         assert accuracy * 61 == pytest.approx(round(accuracy * 61))
     assert two["dense"]["finetune"]["scores"]["accuracy"]["value"] == pytest.approx(
         one["dense"]["finetune"]["scores"]["accuracy"]["value"], abs=0.15
     )
+    half = json.loads((folder / "half/downstream.json").read_text())["tasks"]
+    assert re.search(r"DataError: Task 'bad'.*Unreadable image in split 'train' at index 20", half["bad"]["error"])
+    assert half["digits"]["error"] is None
+    assert half["digits"]["results"]["dense"]["finetune"]["scores"]["accuracy"]["value"] > 0
+
+
+def test_a_score_of_other_images_than_those_of_the_test_split_is_no_result(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a process had repeated samples to fill its last batch."""
+    predict = Trainer.predict
+
+    def repeated(self: Trainer, dataset: Any) -> Any:
+        output = predict(self, dataset)
+        return output._replace(label_ids=np.concatenate([output.label_ids, output.label_ids[:1]]))
+
+    monkeypatch.setattr(Trainer, "predict", repeated)
+    argv = settings(folder, "repeated", "--methods", "finetune", "--num_train_epochs", "1")
+    assert evaluate_downstream.main(argv) == 1
+    error = json.loads((folder / "repeated/downstream.json").read_text())["tasks"]["digits"]["error"]
+    assert "62 predictions do not belong to the 61 test images" in error
+
+
+def with_a_broken_image() -> Dataset:
+    """Of 24 images the one at index 20 is cut off."""
+    rows = pictures([0, 1] * 12).cast_column("image", ImageFeature(decode=False)).to_dict()
+    rows["image"][20]["bytes"] = rows["image"][20]["bytes"][:20]
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": AB})
+    return Dataset.from_dict(rows, features=features).cast_column("image", ImageFeature())
 
 
 GOOD = pictures([0, 1] * 12)
@@ -240,6 +306,14 @@ BAD_TASKS: dict[str, tuple[dict[str, Dataset], str]] = {
     "unlabelled": (
         {"train": GOOD, "test": pictures([-1, -1], Value("int64"))},
         r"Label -1 in split 'test' at index 0, column 'label'.*leave that split out",
+    ),
+    "no-label": (
+        {"train": GOOD, "test": pictures([0, None], Value("int64"))},
+        r"Label None in split 'test' at index 1, column 'label': the label is missing",
+    ),
+    "one-of-two": (
+        {"train": pictures([0] * 9), "test": pictures([0, 1])},
+        r"1 of 2 classes have no example in the training split 'train': 'b'",
     ),
     "no-column": ({"train": GOOD, "test": pictures([0, 1], column="target")}, "Split 'test' has no column 'label'"),
     "broken-image": (
@@ -291,6 +365,46 @@ def test_a_pruned_model_is_compared_with_its_parent_and_its_report_goes_into_its
     assert results["subjects"][1]["masks_sha256"] == px.Masks.from_pretrained(folder / "pruned").fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["hf vit", "timm resnet", "timm vit"])
+def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str) -> None:
+    """Dense and pruned here; then saved, a timm model in timm's own form, and evaluated beside the dense one."""
+    for k, row in enumerate(pictures([0, 1] * 10)):
+        for split in ("train",) if k < 14 else ("test",):
+            (folder / f"photos/{split}/{'ab'[row['label']]}").mkdir(parents=True, exist_ok=True)
+            row["image"].convert("RGB").save(folder / f"photos/{split}/{'ab'[row['label']]}/{k}.png")
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = {
+        "hf vit": lambda: ViTForImageClassification(ViTConfig(**tiny, image_size=32, patch_size=8, num_labels=3)),
+        "timm resnet": lambda: timm.create_model("test_resnet", num_classes=3),
+        "timm vit": lambda: timm.create_model("test_vit", num_classes=3, img_size=32),
+    }[kind]()
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}) if kind == "hf vit" else None
+    dense, sparse = folder / f"dense {kind}", folder / f"sparse {kind}"
+    nothing = px.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in px.targets.prunable(model).items()})
+    px.save_pretrained(model, nothing, dense, image_processor=processor)
+    masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
+    masks.apply_(model)
+    px.save_pretrained(model, masks, sparse, image_processor=processor, provenance={"base_model": str(dense)})
+
+    more = ("--num_train_epochs", "1", "--methods", "linear", "finetune", "--per_device_train_batch_size", "7")
+    here = ("--sparsity", "0.5", "--unlabelled_dir", str(folder / "photos/train"), "--rounds", "1")
+    names = ["dense", "pruned 50 %", "random 50 %"]
+    found = {}
+    for model_name, pruning in ((dense.name, here), (sparse.name, ())):
+        out = f"of {model_name}"
+        argv = settings(folder, out, *more, *pruning, model=model_name, tasks=(str(folder / "photos"),))
+        assert evaluate_downstream.main(argv) == 0
+        results = json.loads((folder / out / "downstream.json").read_text())
+        assert [subject["name"] for subject in results["subjects"]] == names
+        found[model_name] = results["tasks"]["photos"]
+        assert found[model_name]["examples"] == {"train": 12, "validation": 2, "test": 6}
+    scores = [{m: run["scores"] for m, run in r["results"]["dense"].items()} for r in found.values()]
+    assert scores[0] == scores[1]
+    notes = json.loads((folder / f"of {dense.name}/downstream.json").read_text())["notes"]
+    assert "Pruned by PX(paths='active', power=0.25) in 1 rounds on 14 images of train." in notes
+
+
 def test_without_its_parent_a_pruned_model_stands_alone(folder: Path) -> None:
     assert evaluate_downstream.main(settings(folder, "alone", "--methods", "knn", model="pruned")) == 0
     results = json.loads((folder / "alone/downstream.json").read_text())
@@ -318,7 +432,9 @@ def test_names_and_errors_of_others_are_no_markup(finished: tuple[Path, dict[str
 BAD_ARGUMENTS = [
     (["--tasks", "digits", "digits"], "Two tasks are called digits"),
     (["--tasks", "no/such.yaml"], "Cannot read the task file no/such.yaml"),
-    (["--sparsity", "0.5"], "--sparsity needs --prune_on"),
+    (["--sparsity", "0.5"], "--sparsity needs either --prune_on"),
+    (["--sparsity", "0.5", "--prune_on", "digits", "--unlabelled_dir", "x"], "--sparsity needs either --prune_on"),
+    (["--push_to_hub"], "publishes a pruned model from its folder"),
     (["--sparsity", "1.5", "--prune_on", "digits"], r"must be in \[0, 1\)"),
     (["--add_to_model", "--model_name_or_path", "some/model"], "the model is none"),
     (["--taks", "digits"], "Did you mean --tasks"),

@@ -29,6 +29,7 @@ from transformers import (
 
 from px_hf.errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from px_hf.hub import from_pretrained, save_pretrained
+from px_hf.loading import build_empty
 from px_hf.masks import Masks
 
 CLASSES = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
@@ -414,6 +415,25 @@ def test_code_from_the_folder_runs_only_if_trusted(tmp_path: Path, monkeypatch: 
     with pytest.raises(CheckpointError, match="trust_remote_code"):
         from_pretrained(tmp_path / "out")
     assert torch.equal(logits(from_pretrained(tmp_path / "out", trust_remote_code=True)), logits(model))
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_model_to_be_filled_has_no_weights_and_all_else(make: Callable[[], PreTrainedModel]) -> None:
+    whole = make()
+    empty = build_empty(make, "here")
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    buffers = dict(empty.named_buffers())
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers())
+
+
+def test_what_has_values_is_initialised_while_a_model_is_built() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("table", nn.init.constant_(torch.empty(3), 2).mul_(torch.arange(3)), persistent=False)
+
+    assert build_empty(Sums, "here").table.tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize("extra", [{}, {"ignore_mismatched_sizes": True}])

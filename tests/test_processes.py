@@ -37,6 +37,17 @@ if fail == "other batches" and dist.get_rank() == 1:
     batches.reverse()
 if fail == "other weights" and dist.get_rank() == 1:
     torch.nn.init.normal_(next(model.parameters()))
+if fail in ("ddp", "fsdp"):
+    import accelerate
+    if fail == "ddp":
+        model = accelerate.Accelerator(cpu=True).prepare(model)
+        assert dist.is_initialized() == isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+if fail == "nan":  # which only the process that scores the last batch sees
+    batches[-1][0] = float("nan")
 sent.clear()
 masks = px.prune(model, batches, eval(criterion), sparsity=0.7, rounds=2, progress=False)
 rank = dist.get_rank() if dist.is_initialized() else 0
@@ -50,7 +61,15 @@ if dist.is_initialized():
 
 def environment(**changes: str) -> dict[str, str]:
     cleared = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
-    return cleared | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | changes
+    return (
+        cleared
+        | {
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        | changes
+    )
 
 
 def launch(
@@ -70,6 +89,7 @@ ROWS = [
     ("timm resnet", "px.PX('active', power=0.25)", 5, (2,), ""),
     ("cnn", "px.PX()", 3, (4,), ""),  # two batches over four processes: two have none
     ("mlp", "px.PX('active')", 2, (3,), ""),
+    ("hf resnet", "px.PX()", 5, (2,), "ddp"),
 ]
 
 
@@ -111,6 +131,20 @@ def test_an_error_on_one_process_ends_all(tmp_path: Path) -> None:
     done = launch(tmp_path, 2, "mlp", "px.PX() if int(__import__('os').environ['RANK']) else px.PX(power=-1)", "3", "")
     assert done.returncode != 0
     assert "power=-1" in done.stderr
+
+
+def test_an_error_in_the_middle_of_scoring_ends_all(tmp_path: Path) -> None:
+    """One process meets NaN in its share, while the other waits for it at the sum."""
+    done = launch(tmp_path, 2, "cnn", "px.PX()", "4", "nan")
+    assert done.returncode != 0
+    assert "NonFiniteError: the network's output for batch 1 is not finite" in done.stderr
+
+
+def test_a_sharded_model_is_to_be_pruned_before(tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, "mlp", "px.PX()", "4", "fsdp")
+    assert done.returncode != 0
+    assert "TargetError: FSDPSequential cannot be pruned as it is: its weights are sharded" in done.stderr
+    assert "before accelerator.prepare, fully_shard" in done.stderr
 
 
 def test_exact_sum_does_not_depend_on_order_or_scale() -> None:

@@ -8,7 +8,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import timm
 import torch
 from hub_git import Blob
 from hub_server import HubServer, User
-from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub import CommitInfo, HfApi, ModelCard, constants
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_hub import MODELS, logits, pruned
@@ -27,6 +29,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     ViTImageProcessor,
+    pipeline,
 )
 
 import px_hf as px
@@ -51,7 +54,10 @@ def state(hub: HubServer, repo: str = REPO) -> dict[str, str]:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_what_is_pushed_is_loaded_in_every_way(hub: HubServer, name: str) -> None:
     model, masks = pruned(MODELS[name])
-    done = push_to_hub(model, masks, provenance={"criterion": "PX()"})
+    for key, mask in masks.items():  # a kept weight that happens to be zero
+        model.get_parameter(key).data[tuple(mask.nonzero()[0])] = 0
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    done = px.push_to_hub(model, masks, REPO, image_processor=processor, provenance={"criterion": "PX()"})
     assert isinstance(done, CommitInfo)
     assert [commit.title for commit in hub.repos[REPO].history()] == [
         "Upload pruned model with px_hf",
@@ -62,10 +68,21 @@ def test_what_is_pushed_is_loaded_in_every_way(hub: HubServer, name: str) -> Non
     assert {"config.json", "README.md", "per_layer_sparsity.png", "preprocessor_config.json"} < files.keys()
     assert {name for name in files if name.endswith(".safetensors")} == {WEIGHTS, "sparse/model.safetensors"}
     assert px.Masks.from_pretrained(REPO) == masks
-    for load in (px.from_pretrained, AutoModelForImageClassification.from_pretrained):
+    stock = AutoModelForImageClassification.from_pretrained
+    for load in (px.from_pretrained, stock, lambda repo: stock(repo, subfolder="sparse")):
         loaded = load(REPO).state_dict()
         assert loaded.keys() == model.state_dict().keys()
         assert all(torch.equal(loaded[key], tensor) for key, tensor in model.state_dict().items())
+
+    image = Image.frombytes("L", (16, 16), bytes(range(256))).convert("RGB")
+    scores = {row["label"]: row["score"] for row in pipeline("image-classification", REPO)(image)}
+    with torch.no_grad():
+        expected = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    assert scores == {model.config.id2label[k]: pytest.approx(float(expected[k]), abs=1e-5) for k in range(3)}
+    card = ModelCard.load(REPO)
+    assert card.data.library_name == ("timm" if "timm" in name else "transformers")
+    assert card.data.tags == list(TAGS)
+    assert 'px.from_pretrained("alice/model")' in card.text
 
 
 RAW = """
@@ -404,6 +421,37 @@ def test_a_full_disk_is_named(hub: HubServer, monkeypatch: pytest.MonkeyPatch, e
     assert not hub.requests
 
 
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """A real write error, as of a disk that is full: files of this process cannot grow any further."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_a_download_is_an_error_and_a_retry_completes(hub: HubServer) -> None:
+    model, masks = pruned()
+    push_to_hub(model, masks)
+    for load in (px.from_pretrained, px.Masks.from_pretrained):
+        with files_no_larger_than(5000), pytest.raises(px.CheckpointError, match=r"Cannot get .*'alice/model'"):
+            load(REPO)
+    assert torch.equal(logits(px.from_pretrained(REPO).eval()), logits(model))
+
+
+def test_no_room_to_save_leaves_nothing(hub: HubServer, tmp_path: Path) -> None:
+    model, masks = pruned()
+    with files_no_larger_than(5000), pytest.raises(Exception, match="File too large"):
+        px.save_pretrained(model, masks, tmp_path / "out" / "model")
+    assert not list((tmp_path / "out").iterdir())
+    with files_no_larger_than(5000), pytest.raises(Exception, match="File too large"):
+        push_to_hub(model, masks)
+    assert not hub.repos
+
+
 # --- a connection that breaks off ---
 
 BROKEN: dict[str, dict[str, Any]] = {
@@ -501,3 +549,45 @@ def test_an_error_of_the_hub_while_loading_is_an_error(hub: HubServer, path: str
         px.from_pretrained(REPO)
     hub.faults.clear()
     assert torch.equal(logits(px.from_pretrained(REPO).eval()), logits(model))
+
+
+XET = """
+import sys
+import torch
+from huggingface_hub import constants
+import px_hf as px
+sys.path.insert(0, sys.argv[1])
+from test_hub import pruned
+constants.HF_HUB_DISABLE_XET = False
+for attempt in (
+    lambda: px.push_to_hub(*pruned(), "alice/by-xet"),
+    lambda: px.from_pretrained("alice/model"),
+    lambda: px.Masks.from_pretrained("alice/model"),
+):
+    try:
+        attempt()
+    except px.PxError as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+constants.HF_HUB_DISABLE_XET = True
+px.push_to_hub(*pruned(), "alice/by-xet")
+"""
+
+
+def test_by_xet_a_failure_is_an_error_of_the_same_kind_and_git_lfs_the_way_out(hub: HubServer, tmp_path: Path) -> None:
+    """The real client with hf_xet, at a Hub whose Xet does not answer: what goes well by Xet is not shown here."""
+    pytest.importorskip("hf_xet")
+    model, masks = pruned()
+    push_to_hub(model, masks)
+    hub.offers_xet = True
+    few = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_MAX_DURATION": "1s"}
+    environment = {**os.environ, **hub.environment(tmp_path / "home", "hf_alice"), **few}
+    command = [sys.executable, "-c", XET, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    push, *loads = done.stdout.splitlines()
+    assert re.match(r"HubError The connection .* broke off .*xet-write-token.*HF_HUB_DISABLE_XET=1", push)
+    assert len(loads) == 2
+    assert all(re.match(r"CheckpointError Cannot get .* of 'alice/model'.*xet-read-token", line) for line in loads)
+    assert len(hub.repos["alice/by-xet"].history()) == 2, "by git-lfs, in one commit; nothing before"
+    hub.offers_xet = False
+    assert torch.equal(logits(px.from_pretrained("alice/by-xet").eval()), logits(model))

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
     SwinConfig,
+    Trainer,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTImageProcessor,
@@ -48,6 +52,8 @@ sys.path.insert(0, str(RECIPES))
 
 import demo_scenes  # noqa: E402
 import prune_segment  # noqa: E402
+from arguments import FineTuneArguments, ModelArguments  # noqa: E402
+from segment_model import four_of, load_model  # noqa: E402
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -154,6 +160,28 @@ def test_a_map_of_logits_is_scored_as_its_sum_over_positions(name: str, paths: s
     assert any(bool(score.any()) for score in scores.values())
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
+def test_a_pushed_segmentation_model_is_one_to_everyone(hub: HubServer, name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
+    masks.apply_(model)
+    px.push_to_hub(model, masks, "alice/map", image_processor=ViTImageProcessor())
+    card = ModelCard.load("alice/map")
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert "Semantic segmentation model" in card.text
+    assert 'AutoModelForSemanticSegmentation.from_pretrained("alice/map")' in card.text
+    assert 'pipeline("image-segmentation", model="alice/map")' in card.text
+    assert "ImageClassification" not in card.text
+    images = torch.randn(1, 3, 32, 32)
+    for load in (px.from_pretrained, AutoModelForSemanticSegmentation.from_pretrained):
+        loaded = load("alice/map").eval()
+        assert type(loaded) is type(model)
+        with torch.no_grad():
+            assert torch.equal(loaded(pixel_values=images).logits, model(pixel_values=images).logits)
+
+
 # --- data ---
 
 
@@ -163,10 +191,10 @@ def raw_processor(**settings: Any) -> Preprocess:
     return Preprocess(ViTImageProcessor(**{**plain, **settings}))
 
 
-def coded(count: int, size: tuple[int, int] = (12, 16), classes: int = 5, seed: int = 0) -> Dataset:
-    """Images whose red channel is their map; 200 does not count."""
+def coded(count: int, size: tuple[int, int] = (12, 16), classes: int = 5, seed: int = 0, void: int = 200) -> Dataset:
+    """Images whose red channel is their map; `void` does not count."""
     rng = np.random.default_rng(seed)
-    maps = [rng.choice([*range(classes), 200], size).astype(np.uint8) for _ in range(count)]
+    maps = [rng.choice([*range(classes), void], size).astype(np.uint8) for _ in range(count)]
     images = [np.stack([m, np.zeros_like(m), np.full_like(m, 7)], -1) for m in maps]
     features = Features({"image": ImageFeature(), "mask": ImageFeature()})
     columns = {"image": [Image.fromarray(i) for i in images], "mask": [Image.fromarray(m) for m in maps]}
@@ -269,6 +297,45 @@ BAD_PAIRS: dict[str, tuple[DatasetDict, str]] = {
     "image": (one(b"no image", MAP), r"Unreadable image in split 'train' at index \d, column 'image'"),
     "map": (one(PICTURE, b"no image"), r"Unreadable image in split 'train' at index \d, column 'mask'"),
 }
+
+
+def test_images_and_maps_of_all_sizes_and_modes() -> None:
+    """One set with eight modes of images and four of maps, of which palette indices are the classes, not colours."""
+    rng = np.random.default_rng(0)
+    images, maps = [], []
+    for row, mode in enumerate(["RGB", "L", "RGBA", "P", "1", "CMYK", "LA", "I;16"]):
+        size = (10 + row, 9 + 2 * row)
+        grey = Image.fromarray(rng.integers(0, 255, size[::-1], dtype=np.uint8))
+        images.append(Image.fromarray(np.asarray(grey).astype(np.uint16)) if mode == "I;16" else grey.convert(mode))
+        classes = rng.integers(0, 2, size[::-1], dtype=np.uint8)
+        drawn = Image.fromarray(classes)
+        if row % 4 == 1:
+            drawn.putpalette([9, 8, 7, 6, 5, 4] * 128)
+        maps.append(
+            [drawn, drawn, Image.fromarray(classes.astype(np.uint16)), drawn.point(lambda x: 255 * x, "1")][row % 4]
+        )
+    rows = Dataset.from_dict({"image": images, "mask": maps}, features=columns("image", "mask"))
+    pixels = raw_processor(do_resize=True, size={"height": 12, "width": 12})
+    split = segmentation_task(DatasetDict({"train": rows, "validation": rows}), pixels, labels=["a", "b"]).train
+    for position in range(len(split)):
+        item = split[position]
+        assert item["pixel_values"].shape == (3, 12, 12)
+        assert set(item["labels"].unique().tolist()) == {0, 1}
+    split.require_labels()
+
+
+@pytest.mark.parametrize(("drawn", "message"), [
+    (None, r"No map in split 'test' at index 0, column 'mask'.*leave the split out"),
+    (Image.new("L", (8, 6), 255), "No pixel of split 'test', column 'mask', counts: all are 255.*not published"),
+])  # fmt: skip
+def test_a_split_without_labels_is_named(drawn: Image.Image | None, message: str) -> None:
+    test = Dataset.from_dict({"image": [PICTURE] * 2, "mask": [drawn] * 2}, features=columns("image", "mask"))
+    raw = DatasetDict({**one(PICTURE, MAP), "test": test})
+    task = segmentation_task(raw, raw_processor(), labels=["a", "b"])
+    task.train.require_labels()
+    assert task.test is not None
+    with pytest.raises(px.DataError, match=message):
+        task.test.require_labels()
 
 
 @pytest.mark.parametrize("case", BAD_PAIRS)
@@ -422,6 +489,57 @@ def test_a_data_set_of_ones_own_with_classes_counted_from_its_maps(folder: Path)
     results = json.loads((folder / "own/all_results.json").read_text())
     assert results["pruned"]["test"]["images"] == 3
     assert len(results["pruned"]["test"]["iou_by_class"]) == 5
+
+
+@pytest.mark.parametrize(("architecture", "maps"), [("test_resnet", [1, 2, 3, 4]), ("test_vit", [2, 3, 4, 5])])
+def test_a_backbone_of_timm_on_a_dataset_folder_with_a_name_for_void(
+    folder: Path, architecture: str, maps: list[int]
+) -> None:
+    """Its pretrained weights are under the decoder; stock transformers loads the result; void is no class."""
+    torch.manual_seed(1)
+    source = timm.create_model(architecture)
+    dense = px.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(source).items()})
+    px.save_pretrained(source, dense, folder / architecture)
+    (folder / "own-set").mkdir(exist_ok=True)
+    for split, count in (("train", 10), ("validation", 3), ("test", 3)):
+        coded(count, classes=4, void=4).to_parquet(folder / f"own-set/{split}.parquet")
+    (folder / "names.json").write_text(json.dumps({"classes": [*"abcd", "void"]}))
+    own = ["--dataset_name", str(folder / "own-set"), "--class_names_file", str(folder / "names.json")]
+    model_args = ModelArguments(model_name_or_path=str(folder / architecture))
+    model = load_model(model_args, 8, list("abcd"), FineTuneArguments(str(folder / "none"), use_cpu=True))
+    assert list(model.config.backbone_config.out_indices) == maps
+    for name, weight in prunable(model).items():
+        assert torch.equal(
+            weight, source.get_parameter(name.removeprefix("backbone._backbone.").removeprefix("model."))
+        )
+
+    argv = settings(folder, f"of-{architecture}", *own, "--ignore_index", "4", "--num_train_epochs", "1")
+    argv[argv.index("--model_name_or_path") + 1] = str(folder / architecture)
+    prune_segment.main(argv)
+    results = json.loads((folder / f"of-{architecture}/all_results.json").read_text())
+    assert len(results["pruned"]["test"]["iou_by_class"]) == 4
+    saved = AutoModelForSemanticSegmentation.from_pretrained(folder / f"of-{architecture}")
+    assert saved.config.id2label == dict(enumerate("abcd"))
+    assert not px.Masks.from_pretrained(folder / f"of-{architecture}").revived(saved)
+
+
+def test_a_bad_map_of_the_test_split_is_found_before_anything_is_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
+    for split, classes in (("train", 3), ("test", 5)):
+        coded(6, classes=classes).to_parquet(folder / f"late-{split}.parquet")
+    own = ["--train_file", str(folder / "late-train.parquet"), "--test_file", str(folder / "late-test.parquet")]
+    with pytest.raises(px.DataError, match=r"split 'test' at index 0, column 'mask', has the classes 3, 4"):
+        prune_segment.main(settings(folder, "late", *own, "--ignore_index", "200"))
+    assert not (folder / "late").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [0]), (4, [0, 1, 2, 3]), (5, [1, 2, 3, 4]), (12, [2, 5, 8, 11]), (24, [5, 11, 17, 23])]
+)
+def test_four_stages_that_end_with_the_last(count: int, expected: list[int]) -> None:
+    assert four_of(range(count)) == expected
 
 
 BAD_ARGUMENTS = [

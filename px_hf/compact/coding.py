@@ -29,7 +29,8 @@ DEFLATED_GAPS = "deflated-gaps"
 CODINGS = (BITS, DEFLATED_BITS, DEFLATED_GAPS)
 
 _LONG = 255  # the gap byte that does not end its gap
-_PART = 1 << 16  # weights or gaps that are decoded at a time: their positions take 512 KB
+PART = 1 << 16
+"""Weights or gaps that are decoded at a time: their positions take 512 KB."""
 
 
 def encode(mask: NDArray[np.bool_]) -> tuple[str, bytes]:
@@ -67,8 +68,8 @@ def kept_positions(coding: str, payload: NDArray[np.uint8], count: int) -> Itera
 def _bit_positions(bits: NDArray[np.uint8], expected: int) -> Iterator[NDArray[np.int64]]:
     if len(bits) != expected:
         raise ValueError(f"its mask has {len(bits)} bytes of bits, expected {expected}")
-    for start in range(0, len(bits), _PART // 8):
-        part = np.unpackbits(bits[start : start + _PART // 8], bitorder="little")
+    for start in range(0, len(bits), PART // 8):
+        part = np.unpackbits(bits[start : start + PART // 8], bitorder="little")
         positions = np.flatnonzero(part.view(np.bool_))
         positions += 8 * start
         yield positions
@@ -77,8 +78,8 @@ def _bit_positions(bits: NDArray[np.uint8], expected: int) -> Iterator[NDArray[n
 def _gaps(mask: NDArray[np.bool_]) -> bytes:
     parts = []
     last = -1
-    for start in range(0, len(mask), _PART):
-        positions = np.flatnonzero(mask[start : start + _PART]) + start
+    for start in range(0, len(mask), PART):
+        positions = np.flatnonzero(mask[start : start + PART]) + start
         if len(positions):
             long, short = np.divmod(np.diff(positions, prepend=last) - 1, _LONG)
             gaps = np.full(len(positions) + int(long.sum()), _LONG, np.uint8)
@@ -92,8 +93,8 @@ def _gap_positions(gaps: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
     if len(gaps) and gaps[-1] == _LONG:
         raise ValueError("its mask ends within a gap")
     last = -1
-    for start in range(0, len(gaps), _PART):
-        part = gaps[start : start + _PART]
+    for start in range(0, len(gaps), PART):
+        part = gaps[start : start + PART]
         ends = part != _LONG
         positions = part.astype(np.int64)
         positions += ends  # past the pruned ones, and one on if that is a kept weight

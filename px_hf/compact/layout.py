@@ -43,7 +43,7 @@ def decoded_limit(stored_bytes: int) -> int:
     return 2**26 + 2**12 * stored_bytes
 
 
-def checksum(kind: str, shape: Iterable[int], stored: Tensor) -> int:
-    """CRC-32 of the ASCII text `kind[size,size]` followed by the stored bytes."""
-    text = f"{kind}[{','.join(map(str, shape))}]".encode()
-    return zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(text))
+def checksum(kind: str, shape: Iterable[int], stored: Tensor | None = None) -> int:
+    """CRC-32 of the ASCII text `kind[size,size]`, followed by the stored bytes if they are given."""
+    text = zlib.crc32(f"{kind}[{','.join(map(str, shape))}]".encode())
+    return text if stored is None else zlib.crc32(stored.reshape(-1).view(torch.uint8).numpy().data, text)

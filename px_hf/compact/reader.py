@@ -2,6 +2,7 @@
 
 What is wrong with the structure of the files is found when they are opened, and what is wrong with the bytes of a
 tensor when it is read, before it is returned. Files that would decode to far more than their own size are refused.
+Values are read and placed part by part, so that decoding takes little more memory than what it returns.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..masks import Masks
-from .coding import kept_positions
+from .coding import PART, kept_positions
 from .layout import (
     DTYPES,
     INDEX_FILE,
@@ -34,15 +36,14 @@ from .layout import (
     checksum,
     decoded_limit,
 )
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from .memory import Memory
 
 
 class _Stored(NamedTuple):
     """A tensor as it lies in a file. `kind` and `shape` are those of its checksum."""
 
-    file: Any
     path: Path
+    start: int  # where its bytes begin in the file
     dtype: str
     length: int | None  # of a tensor with one dimension
     kind: str
@@ -88,6 +89,7 @@ class CompactFile:
                     decoded += math.prod(mask.shape) * VALUE_DTYPES[values.dtype].itemsize
                     if decoded > decoded_limit(size):
                         raise ValueError(f"files of {size:,} bytes that claim to decode to {decoded:,} are not opened")
+        self._memory = Memory(decoded)
         self.pruned = [name for name in self.shapes if name not in self._stored]
 
     @classmethod
@@ -111,8 +113,8 @@ class CompactFile:
     def mask(self, name: str) -> Tensor:
         """The mask of a pruned parameter: bool, True = kept."""
         with _naming(self._stored[name + MASK].path, name):
-            mask = torch.zeros(self.shapes[name], dtype=torch.bool)
-            for positions, _ in self._kept(name):
+            mask = torch.zeros(self.shapes[name], dtype=torch.bool, device="cpu")
+            for positions in self._kept(name):
                 mask.view(-1).numpy()[positions] = True
             return mask
 
@@ -120,34 +122,58 @@ class CompactFile:
         """A parameter or buffer as the dense model holds it, bit for bit, with +0.0 where it is pruned."""
         if name in self._stored:
             with _naming(self._stored[name].path, name):
-                return self._read(name).clone()  # of memory that may be the file's
-        with _naming(self._stored[name + VALUES].path, name):
-            values = self._read(name + VALUES)
-            bits = values.view(_INTEGERS[values.dtype.itemsize]).numpy()  # numpy has no bfloat16
-            dense = _zeros(math.prod(self.shapes[name]), bits.dtype)
-            for positions, part in self._kept(name):
-                dense[positions] = bits[part]
-            return torch.from_numpy(dense).view(values.dtype).reshape(self.shapes[name])
+                return self._read(name)
+        values = self._stored[name + VALUES]
+        with _naming(values.path, name), values.path.open("rb", buffering=0) as file:
+            file.seek(values.start)
+            dtype = VALUE_DTYPES[values.dtype]
+            bits = np.dtype(f"i{dtype.itemsize}")  # numpy has no bfloat16
+            dense = self._memory.zeros(math.prod(self.shapes[name]), bits)
+            buffer = np.empty(PART, bits)
+            found = checksum(values.kind, values.shape)
+            for positions in self._kept(name):
+                part = buffer[: len(positions)]
+                _read_into(file, part)
+                found = zlib.crc32(part.data, found)
+                dense[positions] = part
+            _compare(found, values)
+            return torch.from_numpy(dense).view(dtype).reshape(self.shapes[name])
 
-    def _kept(self, name: str) -> Iterator[tuple[np.ndarray, slice]]:
-        """Positions of kept weights, with which of the values are theirs."""
+    def _kept(self, name: str) -> Iterator[np.ndarray]:
+        """Positions of kept weights, in parts; there are as many as values."""
         mask, length = self._stored[name + MASK], self._stored[name + VALUES].length or 0
         used = 0
         for positions in kept_positions(mask.kind, self._read(name + MASK).numpy(), math.prod(mask.shape)):
-            part = slice(used, used + len(positions))
-            used = part.stop
+            used += len(positions)
             if used > length:
                 break
-            yield positions, part
+            yield positions
         if used != length:
             raise ValueError(f"its mask and its {length} values do not agree on how many weights are kept")
 
     def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
-        tensor: Tensor = stored.file.get_tensor(name)
-        if checksum(stored.kind, stored.shape, tensor) != stored.crc32:
-            raise ValueError("its bytes are not those that were written (their CRC-32 differs)")
+        shape = stored.shape if stored.length is None else [stored.length]
+        tensor = torch.empty(shape, dtype=DTYPES[stored.dtype], device="cpu")  # also where meta is the default
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            _read_into(file, tensor.reshape(-1).view(torch.uint8).numpy())
+        _compare(checksum(stored.kind, stored.shape, tensor), stored)
         return tensor
+
+
+def _read_into(file: Any, memory: np.ndarray) -> None:
+    rest = memory.view(np.uint8).data
+    while rest:
+        read = file.readinto(rest)
+        if not read:
+            raise ValueError("the file ends within it")
+        rest = rest[read:]
+
+
+def _compare(crc32: int, stored: _Stored) -> None:
+    if crc32 != stored.crc32:
+        raise ValueError("its bytes are not those that were written (their CRC-32 differs)")
 
 
 def shard_names(index: Path) -> list[str]:
@@ -171,25 +197,28 @@ def _contents(path: Path) -> dict[str, _Stored]:
     """What a safetensors file holds, as its header and our metadata say in agreement."""
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
-    file = safe_open(path, framework="pt")
-    entries = _entries(file.metadata())
-    if set(file.keys()) != entries.keys():
-        differing = set(file.keys()) ^ entries.keys()
-        raise ValueError(f"its tensors are not those that its metadata lists: {min(differing)!r}")
+    with safe_open(path, framework="pt"):  # it checks that header and file belong together
+        pass
+    with path.open("rb") as opened:
+        data = 8 + int.from_bytes(opened.read(8), "little")
+        header = _json(opened.read(data - 8).decode())
+    entries = _entries(header.pop("__metadata__", None))
+    if header.keys() != entries.keys():
+        raise ValueError(f"its tensors are not those that its metadata lists: {min(header.keys() ^ entries.keys())!r}")
     contents = {}
     for name, entry in entries.items():
-        view = file.get_slice(name)
-        dtype, shape = view.get_dtype(), view.get_shape()
+        dtype, shape = header[name]["dtype"], header[name]["shape"]
+        start = data + header[name]["data_offsets"][0]
         length = shape[0] if len(shape) == 1 else None
         if dtype not in DTYPES:
             raise ValueError(f"{name!r} is of dtype {dtype}, not one of {', '.join(DTYPES)}")
         match name.endswith(MASK), entry:
             case False, {"crc32": int(crc32), **others} if not others:
-                contents[name] = _Stored(file, path, dtype, length, dtype, shape, crc32)
+                contents[name] = _Stored(path, start, dtype, length, dtype, shape, crc32)
             case True, {"crc32": int(crc32), "coding": str(coding), "shape": list(shape), **others} if (
                 not others and len(shape) <= 64 and all(map(_is_size, shape))
             ):
-                contents[name] = _Stored(file, path, dtype, length, coding, shape, crc32)
+                contents[name] = _Stored(path, start, dtype, length, coding, shape, crc32)
             case _:
                 raise ValueError(f"its metadata says {str(entry)[:80]!r} of {name!r}")
     return contents
@@ -218,13 +247,6 @@ def _json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def _zeros(count: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Zeros aligned as torch's own are, on which results may depend; numpy asks for huge pages, which saves time."""
-    memory = np.zeros(count * dtype.itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + count * dtype.itemsize].view(dtype)
 
 
 def _is_size(size: object) -> bool:

@@ -129,7 +129,7 @@ def _all_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
         if (count - 1) % group.world_size != group.rank:
             continue
         own = []
-        for part in inputs.parts(_NUMBERS_AT_A_TIME):
+        for part in inputs.parts(NUMBERS_AT_A_TIME):
             logits, paths, _ = network.path_sums(part, part.images.to(network.dtype).square(), H, weights)
             require_finite(logits, count - 1)
             own.append((_per_class(paths.data.double()).cpu(), int(paths.exponent)))
@@ -148,7 +148,7 @@ def _per_class(sums: Tensor) -> Tensor:
     return sums.transpose(0, 1).flatten(1).sum(1)
 
 
-_NUMBERS_AT_A_TIME = 5 * 2**18
+NUMBERS_AT_A_TIME = 5 * 2**18
 """A batch goes through in parts of at most so many numbers (8 images of 3 × 224 × 224): memory does not depend on
 the batch size, and a CPU is faster on tensors that it need not ask the system for each time."""
 
@@ -165,10 +165,10 @@ def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, in
     for index, inputs in enumerate(inputs_of(batches, network.model)):
         if index % group.world_size != group.rank:
             continue
-        for part in inputs.parts(_NUMBERS_AT_A_TIME):
+        for part in inputs.parts(NUMBERS_AT_A_TIME):
             reference = _add_active_(total, reference, network, part, weights, index)
     if reference is None:  # this process has no batch of its own, but must leave out what the others leave out
-        part = next(next(inputs_of(batches, network.model)).parts(_NUMBERS_AT_A_TIME))
+        part = next(next(inputs_of(batches, network.model)).parts(NUMBERS_AT_A_TIME))
         _add_active_({}, None, network, part, weights, 0)
     exponent = sum_aligned_(total, reference)
     kept = [name for name in total if name not in network.left_out]

@@ -117,7 +117,20 @@ class MapSplit(torch.utils.data.Dataset):
             image, drawn = hflip(image), hflip(drawn)
         return image, drawn
 
+    def require_labels(self) -> None:
+        """**Raises** `DataError` if no pixel of the split counts: then there is nothing to learn or to measure."""
+        if not any(bool((np.asarray(self.pair(position)[1]) >= 0).any()) for position in range(len(self))):
+            raise DataError(
+                f"No pixel of split {self.name!r}, column {self.annotation!r}, counts: all are {self.ignore_index}"
+                f"{' or 0' * self.reduce_labels}. If the maps of that split are not published, leave it out."
+            )
+
     def _decoded(self, values: dict[str, Any], column: str, row: int) -> Image.Image:
+        if values[column] is None:
+            raise DataError(
+                f"No {'map' if column == self.annotation else 'image'} in split {self.name!r} at index {row}, column "
+                f"{column!r}. Remove that example; if the maps of the split are not published, leave the split out."
+            )
         try:
             return ImageFeature().decode_example(values[column])
         except Exception as error:  # Pillow raises many kinds for bad files

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import parquet
 
 from px_hf.errors import DataError
 
@@ -60,10 +61,12 @@ def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDic
     if source.dataset_name:
         try:
             raw = load_dataset(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir)
+            files = _local_parquet(source, cache_dir)
         except (OSError, ValueError, DatasetGenerationError) as error:
             raise DataError(f"Cannot read the dataset {source.dataset_name!r}: {_reason(error)}") from error
         if isinstance(raw, Dataset):
             raw = DatasetDict({"train": raw})
+        _require_own_names(files, raw)
         return raw
 
     named = source.folders or source.files
@@ -87,6 +90,31 @@ def _read_parquet(split: str, file: str, cache_dir: str | None) -> Dataset:
         return load_dataset("parquet", data_files={split: file}, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise DataError(f"Cannot read split {split!r} from {file}: {_reason(error)}") from error
+
+
+def _local_parquet(source: DataSource, cache_dir: str | None) -> list[str]:
+    """The Parquet files of the dataset, if it is a local folder of such."""
+    if not source.dataset_name or not Path(source.dataset_name).is_dir():
+        return []
+    builder = load_dataset_builder(source.dataset_name, source.dataset_config_name, cache_dir=cache_dir)
+    by_split = builder.config.data_files or {}
+    return [file for files in by_split.values() for file in files if file.endswith(".parquet")]
+
+
+def _require_own_names(files: list[str], raw: DatasetDict) -> None:
+    """**Raises** `DataError` if a Parquet file has other class names than those that datasets read it with.
+
+    It reads all files of a folder with the names of the first.
+    """
+    used = next(iter(raw.values())).features
+    for file in files:
+        for column, feature in Features.from_arrow_schema(parquet.read_schema(file)).items():
+            names = getattr(feature, "names", None)
+            if names and column in used and list(getattr(used[column], "names", None) or names) != list(names):
+                raise DataError(
+                    f"{file} has other classes in column {column!r} than the other splits, or another order: "
+                    f"{list(names)[:12]} instead of {list(used[column].names)[:12]}."
+                )
 
 
 def _reason(error: Exception) -> str:

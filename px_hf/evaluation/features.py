@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..batches import Inputs, run
 from ..data import Preprocess, Split
-from ..distributed import on_main, processes
+from ..distributed import on_main, processes, raise_together
 from ..errors import DataError, PxError
 from ..modes import evaluating
 from ..targets import PRUNABLE_LAYERS, head_modules, unwrap
@@ -54,11 +54,7 @@ def head_inputs(model: nn.Module, split: Split, *, batch_size: int = 64, progres
                 found.append((start, head(Inputs(images)).float().cpu().numpy()))
     except PxError as error:
         problem = error
-    if group.world_size > 1:
-        problems = [error for error in gather_object([problem]) if error is not None]
-        problem = problems[0] if problems else None
-    if problem is not None:
-        raise problem
+    raise_together(problem)
     if group.world_size > 1:
         found = gather_object(found)
     return np.concatenate([features for _, features in sorted(found, key=lambda pair: pair[0])])

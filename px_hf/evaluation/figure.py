@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -16,21 +17,27 @@ from PIL import Image
 from ..plots import _DPI, _save
 from .page import METHODS
 
-_COLOURS = {"dense": "#222222", "pruned": "#31688e", "random": "#c1440e"}
+_COLOURS = {
+    "dense": ("#222222", "#222222"),
+    "pruned": ("#7fb3dc", "#0b3c66"),
+    "random": ("#f2a65a", "#9c2a00"),
+}
+"""By kind, of the least and of the greatest sparsity."""
 
 
 def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Accuracy with its interval, by task, method and subject; `results` as in `px_hf.evaluation.page`.
 
-    Pruned subjects and their controls fade as their sparsity rises. Tasks that failed have an empty panel.
+    Pruned subjects and their controls darken as their sparsity rises. Tasks that failed have an empty panel.
     """
     subjects, methods, tasks = results["subjects"], results["methods"], results["tasks"]
-    columns = min(3, len(tasks))
+    panel = max(3.0, 0.16 * len(methods) * len(subjects) + 1)  # inches
+    columns = max(1, min(3, len(tasks), int(11 / panel)))
     rows = -(-len(tasks) // columns)
-    width = 1.8 + columns * max(3.0, 0.16 * len(methods) * len(subjects) + 1)
+    width = 1.8 + columns * panel
     figure = Figure(figsize=(width, 3.1 * rows + 0.9), dpi=_DPI, layout="constrained")
     panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    shades, markers = _shades(subjects), _markers(subjects)
+    colours, markers = _shades(subjects), _markers(subjects)
     for (task, record), axes in zip(sorted(tasks.items()), panels, strict=False):
         axes.set_title(task if not record["error"] else f"{task}: failed", fontsize=10)
         for place, subject in enumerate(subjects):
@@ -42,8 +49,7 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
                     x = column + 0.72 * ((place + 0.5) / len(subjects) - 0.5)
                     axes.errorbar(
                         x, value, [[value - low], [high - value]],
-                        fmt=markers[place], color=_COLOURS[subject["kind"]], alpha=shades[place],
-                        markersize=5, elinewidth=1.3,
+                        fmt=markers[place], color=colours[place], markersize=5, elinewidth=1.3,
                     )  # fmt: skip
         axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods], fontsize=8)
         axes.set_xlim(-0.5, len(methods) - 0.5)
@@ -55,10 +61,13 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     figure.supylabel("test accuracy, %, with 95 % interval", fontsize=9)
     figure.suptitle(f"{results['model']} on downstream tasks")
     handles = [
-        Line2D([], [], marker=marker, color=_COLOURS[subject["kind"]], alpha=shade, label=subject["name"])
-        for subject, shade, marker in zip(subjects, shades, markers, strict=True)
+        Line2D([], [], marker=marker, color=colour, label=subject["name"])
+        for subject, colour, marker in zip(subjects, colours, markers, strict=True)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
+    entry = 0.75 + 0.07 * max(len(subject["name"]) for subject in subjects)  # inches, at this size of type
+    lines = -(-len(handles) // max(1, int(width / entry)))
+    ncols = -(-len(handles) // lines)
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -71,12 +80,14 @@ def _markers(subjects: list[Mapping[str, Any]]) -> list[str]:
     return markers
 
 
-def _shades(subjects: list[Mapping[str, Any]]) -> list[float]:
-    """Opacity: 1 for the least sparse of its kind, down to 0.4."""
+def _shades(subjects: list[Mapping[str, Any]]) -> list[str]:
+    """The colours of the subjects: of its kind, the darker the sparser."""
     shades = []
     for subject in subjects:
         kin = sorted({s["sparsity"] for s in subjects if s["kind"] == subject["kind"]})
-        shades.append(1 - 0.6 * kin.index(subject["sparsity"]) / max(1, len(kin) - 1))
+        place = kin.index(subject["sparsity"]) / (len(kin) - 1) if len(kin) > 1 else 0.5
+        scale = LinearSegmentedColormap.from_list(subject["kind"], _COLOURS[subject["kind"]])
+        shades.append(to_hex(scale(place)))
     return shades
 
 
@@ -84,15 +95,22 @@ def plot_segmentation(
     images: Sequence[Image.Image], maps: Mapping[str, Sequence[np.ndarray]], labels: Sequence[str],
     path: str | os.PathLike[str],
 ) -> None:  # fmt: skip
-    """A row for each image: the image, then its maps `[H, W]` by name, a colour for each class, white where < 0."""
-    figure = Figure(figsize=(1.9 * (1 + len(maps)), 1.9 * len(images) + 0.7), dpi=_DPI, layout="constrained")
+    """A row for each image: the image, then its maps `[H, W]` by name, a colour for each class, white where < 0.
+
+    Maps of another size than the image are drawn at its size.
+    """
+    height = sum(1.9 * image.height / image.width + 0.1 for image in images)
+    figure = Figure(figsize=(1.9 * (1 + len(maps)), height + 0.9), dpi=_DPI, layout="constrained")
     panels = figure.subplots(len(images), 1 + len(maps), squeeze=False)
     colours = colormaps["tab20" if len(labels) > 10 else "tab10"].resampled(max(10, len(labels)))
     for row, image in enumerate(images):
+        size = (0, image.width, image.height, 0)
         panels[row, 0].imshow(image)
         for column, (name, drawn) in enumerate(maps.items(), start=1):
             shown = np.ma.masked_less(drawn[row], 0)
-            panels[row, column].imshow(shown, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest")
+            panels[row, column].imshow(
+                shown, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest", extent=size
+            )
             panels[0, column].set_title(name, fontsize=10)
     for axes in panels.flat:
         axes.set_xticks([])

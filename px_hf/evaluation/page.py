@@ -4,7 +4,8 @@
 
     {"model": name, "subjects": [{"name", "kind", "sparsity"}, ...], "methods": [name, ...], "notes": [text, ...],
      "tasks": {task: {"error": text or None, "classes": int, "examples": {split: int}, "test_split": name,
-                      "dataset": name, "results": {subject: {method: {"scores": {metric: Score}, ...}}}}}}
+                      "dataset": name, "results": {subject: {method: {"scores": {metric: Score}, ...}}}}},
+     "weights_sha256": of the weights and masks of a model that was saved pruned, else None}
 
 `kind` is "dense", "pruned" or "random" (the control).
 """
@@ -22,6 +23,7 @@ from huggingface_hub import EvalResult
 from ..errors import CheckpointError
 
 RESULTS_FILE, PAGE_FILE, FIGURE_FILE = "downstream.json", "downstream.md", "downstream.png"
+REPORT_FILES = (RESULTS_FILE, PAGE_FILE, FIGURE_FILE)
 
 METHODS = {"knn": "k-NN", "ridge": "ridge", "linear": "linear probe", "finetune": "fine-tuned"}
 """Methods by the names they have in files, and in tables."""
@@ -140,7 +142,7 @@ def _other_metrics(results: Mapping[str, Any]) -> list[str]:
                 if scores:
                     cells = [_score(scores[name]) if name in scores else "-" for name in names]
                     rows.append([task, subject, METHODS[method], *cells])
-    return _table(["task", "model", "method", *(METRICS[name] for name in names)], rows)
+    return _table(["task", "model", "method", *(METRICS[name] for name in names)], rows, left=3)
 
 
 def _score(score: Mapping[str, Any]) -> str:
@@ -148,8 +150,9 @@ def _score(score: Mapping[str, Any]) -> str:
     return text + (f" [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" if "low" in score else "")
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    align = ["---", *["---:"] * (len(head) - 1)]
+def _table(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """The first `left` columns are text, the others numbers."""
+    align = ["---"] * left + ["---:"] * (len(head) - left)
     return ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in (head, align, *rows)]
 
 

@@ -76,6 +76,7 @@ class Tracer(TorchFunctionMode):
         self._modules: list[str] = []
         self._names = {id(module): name for name, module in model.named_modules()}
         self._hooks: list[Any] = []
+        self._depth = 0
 
     def __enter__(self) -> Tracer:
         def push(module: nn.Module, _: Any) -> None:
@@ -85,7 +86,9 @@ class Tracer(TorchFunctionMode):
             if self._modules:
                 self._modules.pop()
 
-        self._hooks = [register_module_forward_pre_hook(push), register_module_forward_hook(pop)]
+        if self._depth == 0:  # decompositions enter it again
+            self._hooks = [register_module_forward_pre_hook(push), register_module_forward_hook(pop)]
+        self._depth += 1
         super().__enter__()
         return self
 
@@ -93,6 +96,9 @@ class Tracer(TorchFunctionMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
+        self._depth -= 1
+        if self._depth:
+            return
         for hook in self._hooks:
             hook.remove()
         if kind is None and self._unknown:

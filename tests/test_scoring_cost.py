@@ -1,0 +1,155 @@
+"""What makes scoring cheap changes no score, and is really done."""
+
+from __future__ import annotations
+
+import gc
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from networks import NETWORKS, build, images, sizes
+from torch import Tensor, nn
+
+import px_hf as px
+from px_hf.criteria import px as module
+from px_hf.ops import ACTIVE, G, H, Tracer, Weight
+from px_hf.ops.companions import Later, Paths
+from px_hf.sums import add_, add_up
+
+
+def everything(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def inputs(name: str, count: int = 6) -> Tensor:
+    size = sizes(name)
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, score in found.items():
+        torch.testing.assert_close(score, expected[name], rtol=2e-6, atol=1e-6 * float(expected[name].max()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_dense_mask_as_channel_sums(name: str) -> None:
+    model = build(name)
+    x = inputs(name)
+    assert_equal(px.PX().score(model, [x]), px.PX().score(model, [x], masks=everything(model)))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_channel_sums_of_grouped_convolutions(layer: type[nn.Conv2d], groups: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), layer(6, 12, 3, 2, 1, groups=groups), nn.ReLU(),
+                          nn.Flatten(), nn.LazyLinear(4))  # fmt: skip
+    x = images()
+    model(x)
+    found = px.PX().score(model, [x], prune_head=True)
+    assert_equal(found, px.PX().score(model, [x], masks=everything(model), prune_head=True))
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+def test_parts_of_a_batch(paths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("hf resnet")
+    x = inputs("hf resnet")
+    whole = px.PX(paths=paths).score(model, [x])
+    monkeypatch.setattr(module, "NUMBERS_AT_A_TIME", 2 * x[0].numel() + 1)
+    assert_equal(px.PX(paths=paths).score(model, [x]), whole)
+
+
+@pytest.mark.parametrize("reading", [G, ACTIVE], ids=["G", "ACTIVE"])
+def test_batchnorm_in_the_product_before_it(reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded where the result is larger than the weight, and equal to what is not folded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double().eval()
+    nn.init.uniform_(model[1].weight, 0.5, 2)
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    x = images(dtype=torch.float64)
+    folded = 0
+    real = Tracer._later
+
+    def counting(self: Tracer, flow, parents) -> Later:
+        nonlocal folded
+        folded += flow.scale is None and flow.weight is not None
+        return real(self, flow, parents)
+
+    def sums() -> Tensor:
+        weights = {p: Weight(p.detach().square().requires_grad_()) for p in model.parameters()}
+        with torch.no_grad(), Tracer(model, reading, weights, torch.float64) as tracer:
+            tracer.start(x, x.square())
+            paths = tracer.paths(model(x))
+        assert paths is not None
+        return paths.data * 2.0 ** int(paths.exponent)
+
+    monkeypatch.setattr(Tracer, "_later", counting)
+    found = sums()
+    assert folded == 2  # the product, and the product with BatchNorm in it
+    monkeypatch.setattr(Later, "made", property(lambda self: True))
+    torch.testing.assert_close(found, sums(), rtol=1e-12, atol=0)
+
+
+def test_queries_and_keys_have_no_path_sums_in_h(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("hf vit")
+    made: list[tuple[int, ...]] = []
+    real = Later.__getattr__
+
+    def noting(self: Later, name: str) -> object:
+        value = real(self, name)
+        made.append(tuple(self.data.shape))
+        return value
+
+    monkeypatch.setattr(Later, "__getattr__", noting)
+    x = images()
+    with torch.no_grad(), Tracer(model, H, {p: Weight(None) for p in model.parameters()}, torch.float32) as tracer:
+        tracer.start(x, x.square())
+        model(pixel_values=x)
+    heads = [shape for shape in made if shape[1:] == (2, 5, 8)]
+    assert len(heads) == 2, made  # the values of each block; with queries and keys there would be six
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+@pytest.mark.parametrize("name", ["hf resnet", "hf vit", "torchvision vit"])
+def test_nothing_is_left_behind(name: str, paths: str) -> None:
+    """No hook on modules, no path sums: memory does not grow with the images."""
+    model = build(name)
+    x = inputs(name)
+    px.PX(paths=paths).score(model, [x])
+    gc.collect()
+    assert not any(type(thing) in (Tracer, Paths, Later) for thing in gc.get_objects())
+    assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_sums_of_parts_and_of_batches() -> None:
+    terms = [(torch.tensor([1.0, 0.5], dtype=torch.float64), 3), (torch.tensor([2.0, 4.0], dtype=torch.float64), -1)]
+    data, exponent = add_up(terms)
+    assert (data * 2.0**exponent).tolist() == [9.0, 6.0]
+    data, exponent = add_up([(torch.zeros(1, dtype=torch.float64), 2000), *[(d[:1], e) for d, e in terms]])
+    assert (data * 2.0**exponent).tolist() == [9.0]
+    total, term = torch.zeros(70_000, dtype=torch.float64), torch.rand(70_000)
+    add_(total, term, 4.0)
+    torch.testing.assert_close(total, 4 * term.double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+def test_a_model_placed_by_accelerate(paths: str) -> None:
+    """device_map with one device, with Accelerate's hooks around every module."""
+    model = build("hf resnet")
+    x = inputs("hf resnet")
+    expected = px.PX(paths=paths).score(model, [x])
+    placed = accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    try:
+        found = px.PX(paths=paths).score(placed, [x])
+    finally:
+        remove_hook_from_submodules(placed)
+    for name, score in found.items():
+        torch.testing.assert_close(score, expected[name], rtol=2e-6, atol=0)
+
+
+def test_an_offloaded_model_is_to_be_loaded_first() -> None:
+    model = accelerate.cpu_offload(build("mlp"), execution_device=torch.device("cpu"))
+    with pytest.raises(px.TargetError, match=r"meta device.*fully_shard or offloading"):
+        px.prune(model, [images()], px.PX(), sparsity=0.5, progress=False)
