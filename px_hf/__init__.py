@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .finetune import KeepMasks, keep_masks
     from .hub import from_pretrained, save_pretrained
     from .push import push_to_hub
+    from .structured.shrink import shrink
 
 _register()
 
@@ -66,6 +67,7 @@ _LAZY = {
     "from_pretrained": "hub",
     "push_to_hub": "push",
     "save_pretrained": "hub",
+    "shrink": "structured.shrink",
 }
 """Names whose module needs transformers, which takes seconds to import: loaded when first used."""
 
@@ -119,4 +121,5 @@ __all__ = [
     "report",
     "save_pretrained",
     "select",
+    "shrink",
 ]

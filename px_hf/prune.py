@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
 from .select import SCOPES, check_min_layer_density, check_sparsity, select
+from .structured.choose import STRUCTURED, check_reachable, choose_units
+from .structured.heads import with_counts
+from .structured.units import Family, example_of, trace_units
 from .targets import prunable, unwrap
 
 
@@ -53,18 +57,21 @@ def prune(
         sparsity: fraction of the prunable weights to prune, in [0, 1).
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
         scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike, ``"row"`` every
-            output of every layer. Default: the criterion's own, which is ``"global"`` for most.
+            output of every layer. ``"structured"`` prunes whole units, hidden units, heads and channels, which
+            `px_hf.shrink` takes out, ``"structured:uniform"`` hidden units and channels, the same share of every
+            layer (docs/STRUCTURED.md). Default: the criterion's own, which is ``"global"`` for most.
         prune_head: also prune the classifier head.
         min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
-            [0, 1 - sparsity], against layers that are pruned empty.
+            [0, 1 - sparsity], against layers that are pruned empty; with a structured scope, of its units.
         progress: show a bar over the rounds, on the main process.
 
     Returns:
-        Masks over the prunable weights, with ``round(sparsity · weights)`` pruned.
+        Masks over the prunable weights, with ``round(sparsity · weights)`` pruned; with a structured scope no more
+        than ``sparsity · weights``, and fewer by less than one unit.
 
     Raises:
         InvalidArgumentError: a setting outside its range.
-        TargetError: no prunable weights, or weights that no path reaches.
+        TargetError: no prunable weights, weights that no path reaches, or units that hold less than ``sparsity``.
         DataError: ``batches`` is empty, can be read only once, or is malformed.
         UnsupportedOpError: the criterion does not know an operation of the model.
         NonFiniteError: the model's output or a score is not finite.
@@ -77,6 +84,10 @@ def prune(
     _require_finite(targets)
     group = processes()
     rounds = rounds if criterion.iterative else 1
+    families: list[Family] = []
+    if scope in STRUCTURED:
+        families = _units(model, batches, targets)
+        check_reachable(families, targets, scope=scope, sparsity=sparsity, min_layer_density=min_layer_density)
     if group.world_size > 1:
         _require_agreement(model, batches if criterion.needs_data else None)
     masks: Masks | None = None
@@ -88,7 +99,11 @@ def prune(
             model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
         )
         target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
-        masks = select(scores, sparsity=target, scope=scope, within=masks, min_layer_density=min_layer_density)
+        settings: Any = {"sparsity": target, "scope": scope, "within": masks, "min_layer_density": min_layer_density}
+        if families:
+            masks = choose_units(scores, families, **settings, power=criterion.unit_power or 1)
+        else:
+            masks = select(scores, **settings)
     assert masks is not None
     if group.is_main:
         _warn_of_empty_layers(masks._tensors, 1 - sparsity)
@@ -104,9 +119,21 @@ def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str | N
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
     scope = criterion.scope if scope is None else scope
-    if scope not in SCOPES:
-        raise InvalidArgumentError(f"scope={scope!r}: expected one of {', '.join(map(repr, SCOPES))}.")
+    if scope not in SCOPES and scope not in STRUCTURED:
+        raise InvalidArgumentError(f"scope={scope!r}: expected one of {', '.join(map(repr, (*SCOPES, *STRUCTURED)))}.")
+    if scope in STRUCTURED and criterion.unit_power is None:
+        raise InvalidArgumentError(
+            f"the scores of {type(criterion).__name__} rank weights and cannot be added up to those of units, which "
+            f"scope={scope!r} needs. Use another criterion, such as px.PX()."
+        )
     return scope
+
+
+def _units(model: nn.Module, batches: Batches, targets: Mapping[str, Tensor]) -> list[Family]:
+    """The units that can be pruned, found by running the model on one image of ``batches``, or on zeros."""
+    batch = next(iter(batches), None) if not isinstance(batches, Iterator) else None
+    inputs = example_of(model, batch)
+    return with_counts(model, inputs, trace_units(model, inputs, targets))
 
 
 def _require_agreement(model: nn.Module, batches: Batches | None) -> None:

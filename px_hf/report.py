@@ -175,7 +175,7 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
     parameters = masks.match(model)
     guessed = example is None
     if guessed:
-        example = _default_example(model)
+        example = default_example(model)
     flops: _Flops | None = None
     if example is None:
         note = "MACs were not counted: the model's configuration names no image size. Pass example=images."
@@ -266,7 +266,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _default_example(model: nn.Module) -> Tensor | None:
+def default_example(model: nn.Module) -> Tensor | None:
     """One image of zeros of the size that the model's configuration names, or None."""
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
