@@ -28,8 +28,9 @@ def express_in_config_(small: nn.Module, inputs: Inputs) -> bool:
 
     Numbers in the config that equal an old width, or are a ratio to it, are changed as the width did, one after the
     other, for as long as that leaves fewer tensors of another shape: `intermediate_size`, `mlp_ratio`,
-    `num_attention_heads` together with `head_dim`. The new config is taken only if in the end no tensor has another
-    shape and a model built from it computes what `small` does. Returns whether config and model agree.
+    `num_attention_heads` together with `head_dim`; of TimmWrapper the argument `mlp_ratio` of timm. The new config
+    is taken only if in the end no tensor has another shape and a model built from it computes what `small` does.
+    Returns whether config and model agree.
     """
     from transformers import PreTrainedModel
 
@@ -76,10 +77,16 @@ def _build(small: PreTrainedModel, entries: Entries) -> nn.Module | None:
 
 def _candidates(small: PreTrainedModel, built: nn.Module, entries: Entries) -> Iterator[Entries]:
     """Changes of the config that might bring `built` nearer to `small`."""
+    shapes = other_shapes(small, built)
+    if small.config.model_type == "timm_wrapper":
+        arguments = small.config.model_args or {}
+        ratios = {shape[0] / shape[1] for shape in shapes.values() if len(shape) == 2}
+        yield from ({"model_args": {**arguments, "mlp_ratio": ratio}} for ratio in sorted(ratios))
+        return
     tensors = {**dict(built.named_parameters()), **dict(built.named_buffers())}
     widths = {
         (old, new)
-        for name, shape in other_shapes(small, built).items()
+        for name, shape in shapes.items()
         for old, new in zip(tensors[name].shape, shape, strict=True)
         if old != new
     }

@@ -4,7 +4,8 @@
 
 `shapes` are those of parameters and buffers, `counts` integers of modules, wherever they differ from those of a model
 that is built from the config. Anybody may have written what is read, so a structure can only make a model smaller:
-names, dimensions and integers must be those of the built model, and no number may grow.
+names, dimensions and integers must be those of the built model, and no number may grow. In TimmWrapper names are those
+of the model of timm.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def other_integers(model: nn.Module, built: nn.Module) -> dict[str, dict[str, in
 
 def structure_of(model: nn.Module, built: nn.Module) -> Structure:
     """In which shapes and counts `model` differs from `built`, a new model of its config; {} if in no shape."""
+    model, built = _inner(model), _inner(built)
     shapes = other_shapes(model, built)
     return {"shapes": shapes, "counts": other_integers(model, built)} if shapes else {}
 
@@ -50,6 +52,7 @@ def restore_(built: nn.Module, structure: Any, source: str) -> None:
 
     Raises CheckpointError unless `structure` is one of this model: then nothing was changed.
     """
+    built = _inner(built)
     shapes, counts = _checked(built, structure, source)
     _reshape_(built, shapes)
     for path, integers in counts.items():
@@ -101,6 +104,11 @@ def _reshape_(model: nn.Module, shapes: Mapping[str, list[int]]) -> None:
             smaller = tensor[tuple(slice(size) for size in shape)].clone()
         setattr(module, leaf, smaller)
         follow_shapes_(module)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "timm_model", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
