@@ -184,10 +184,11 @@ def _timm_model(
 
 def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """How the shapes of a model differ from those that its config makes: see `structured.structure`."""
-    if isinstance(model, PreTrainedModel):
-        build = lambda: type(model)(copy.deepcopy(model.config))  # noqa: E731
-    else:
-        build = lambda: timm_models.build(config)  # noqa: E731
+
+    def build() -> nn.Module:
+        stock = isinstance(model, PreTrainedModel)
+        return type(model)(copy.deepcopy(model.config)) if stock else timm_models.build(config)
+
     try:
         return structure_of(model, build_empty(build, type(model).__name__))
     except CheckpointError:  # a model that cannot be built without weights is not one that px_hf.shrink made

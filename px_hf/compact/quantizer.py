@@ -55,7 +55,7 @@ class CompactQuantizer(HfQuantizer):
         self._file = CompactFile(checkpoint_files or [])
         noted = getattr(model.config, "px", None)
         if isinstance(noted, dict) and "structure" in noted:
-            restore_(model, noted["structure"], model.config.name_or_path)
+            restore_(model, noted["structure"], str(model.config.name_or_path))
         self._names = match(model, self._file, model.base_model_prefix)
         self._file.verify_whole()  # what transformers reads by itself
         self._failure: CheckpointError | None = None

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Entries = dict[str, Any]
 
+_MOST_WIDTHS = 4
+"""If more old widths became more new ones than this, layers differ, and a config will not say how."""
+
 
 @torch.no_grad()
 def express_in_config_(small: nn.Module, inputs: Inputs) -> bool:
@@ -78,11 +81,6 @@ def _build(small: PreTrainedModel, entries: Entries) -> nn.Module | None:
 def _candidates(small: PreTrainedModel, built: nn.Module, entries: Entries) -> Iterator[Entries]:
     """Changes of the config that might bring `built` nearer to `small`."""
     shapes = other_shapes(small, built)
-    if small.config.model_type == "timm_wrapper":
-        arguments = small.config.model_args or {}
-        ratios = {shape[0] / shape[1] for shape in shapes.values() if len(shape) == 2}
-        yield from ({"model_args": {**arguments, "mlp_ratio": ratio}} for ratio in sorted(ratios))
-        return
     tensors = {**dict(built.named_parameters()), **dict(built.named_buffers())}
     widths = {
         (old, new)
@@ -90,6 +88,13 @@ def _candidates(small: PreTrainedModel, built: nn.Module, entries: Entries) -> I
         for old, new in zip(tensors[name].shape, shape, strict=True)
         if old != new
     }
+    if len(widths) > _MOST_WIDTHS:
+        return
+    if small.config.model_type == "timm_wrapper":
+        arguments = small.config.model_args or {}
+        ratios = {shape[0] / shape[1] for shape in shapes.values() if len(shape) == 2}
+        yield from ({"model_args": {**arguments, "mlp_ratio": ratio}} for ratio in sorted(ratios))
+        return
     known = {**small.config.to_dict(), **entries}
     numbers = {name: value for name, value in known.items() if type(value) in (int, float)}
     modules = dict(small.named_modules())

@@ -124,17 +124,24 @@ def _pairwise(s: Step, x: Any, y: Any, same_maker: bool) -> Labels:
     if a is not None and b is not None:
         met = s.tracer.meet(a, b, same_maker=same_maker)
         return None if met is None else met.expand(s.out.shape)
-    labels, other = (a, y) if a is not None else (b, x)
-    if labels is None or not _alike_for_all(other, labels):
+    labels, constant = (a, y) if a is not None else (b, x)
+    if labels is None:
         return None
-    return labels.expand(s.out.shape)
+    # where the constant differs from entry to entry, as rotary angles do along a head, all entries go or none
+    varying = zip(_sizes(constant, labels.dim()), core(labels).shape, strict=True)
+    dims = tuple(d for d, sizes in enumerate(varying) if 1 not in sizes)
+    return s.tracer.join(labels, dims).expand(s.out.shape)
+
+
+def _sizes(constant: Any, dims: int) -> list[int]:
+    """The sizes of a constant, aligned to the last `dims` dimensions."""
+    shape = constant.shape if isinstance(constant, Tensor) else ()
+    return [1] * (dims - len(shape)) + list(shape[max(0, len(shape) - dims) :])
 
 
 def _alike_for_all(constant: Any, labels: Tensor) -> bool:
     """Whether a constant is the same for all labels, so that it fits those that remain."""
-    if not isinstance(constant, Tensor):
-        return True
-    return all(1 in sizes for sizes in zip(constant.shape[::-1], core(labels).shape[::-1], strict=False))
+    return all(1 in sizes for sizes in zip(_sizes(constant, labels.dim()), core(labels).shape, strict=True))
 
 
 def pooled(s: Step, input: Tensor, *_: Any, **__: Any) -> Labels:
