@@ -53,6 +53,7 @@ def express_in_config_(small: nn.Module, inputs: Inputs) -> bool:
         return False
     if entries:
         built.load_state_dict(small.state_dict(), assign=True)
+        built.to(inputs.images.device)  # buffers that are not saved
         with evaluating(built), evaluating(small):
             if not agree(run(built, inputs), run(small, inputs)):
                 return False

@@ -103,7 +103,10 @@ def same(s: Step, input: Tensor, *parameters: Any, **_: Any) -> Labels:
 def moved(s: Step, *args: Any, **kwargs: Any) -> Labels:
     """The labels move as the path sums would; what is cut in from elsewhere has none."""
     companions = {key: Paths(labels, 0) for key, labels in s.found.items()}
-    flow = RULES[s.op](Call(s.op, s.out, H, torch.float64, companions), *args, **kwargs)
+    out = (
+        s.out.new_empty(()).cpu().expand(s.out.shape) if isinstance(s.out, Tensor) else s.out
+    )  # labels are on the CPU
+    flow = RULES[s.op](Call(s.op, out, H, torch.float64, companions), *args, **kwargs)
     assert isinstance(flow, Flow)
     result = flow.fn(*(s.found[id(operand)].contiguous() for operand in flow.operands))
     return result if isinstance(result, Tensor) else list(result)

@@ -113,7 +113,11 @@ class SlabTracer(TorchFunctionMode):
         if rule in self._rules:
             try:
                 labels = self._rules[rule](Step(self, op, out, found), *args, **kwargs)
-            except (NotImplementedError, TypeError):
+            except (
+                NotImplementedError,
+                TypeError,
+                RuntimeError,
+            ):  # a form of the operation that the rule does not know
                 labels = None
         if labels is None:
             self.pin(*found.values())
