@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .hub import from_pretrained, save_pretrained
     from .kernels import accelerate_24_, accelerate_csr_
     from .push import push_to_hub
+    from .structured.shrink import shrink
 
 _register()
 
@@ -72,6 +73,7 @@ _LAZY = {
     "from_pretrained": "hub",
     "push_to_hub": "push",
     "save_pretrained": "hub",
+    "shrink": "structured.shrink",
 }
 """Names that are loaded when first used: most need transformers, which takes seconds to import."""
 
@@ -129,4 +131,5 @@ __all__ = [
     "report",
     "save_pretrained",
     "select",
+    "shrink",
 ]

@@ -8,10 +8,15 @@ The folder holds what transformers (for a timm model: timm) would write, `config
 pruned weights as exact zeros and the image processor, and in `config.json` one more entry "px": where the zeros come
 from. `sparse/` holds the same model in fewer bytes, its masks and the weights that they keep (docs/COMPACT_FORMAT.md),
 which transformers loads too after `import px_hf`: `from_pretrained("out", subfolder="sparse")`.
+
+A model from which units were taken (`px_hf.shrink`) is saved in the same way. If its config cannot say how wide it is,
+the entry "px" also holds the "structure" that `from_pretrained` builds; stock libraries then refuse the folder, since
+shapes differ.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -39,6 +44,7 @@ from .errors import CheckpointError, InvalidArgumentError, OutputExistsError, Ta
 from .files import find, find_compact
 from .loading import build_empty, fill
 from .masks import MASKS_FILE, Masks
+from .structured.structure import restore_, structure_of
 from .targets import unwrap
 from .version import __version__, commit
 
@@ -103,6 +109,8 @@ def save_pretrained(
         config = json.loads((unfinished / CONFIG_NAME).read_text(encoding="utf-8"))
         if "architecture" in config:
             timm_models.complete(config, model)
+        if structure := _structure(model, config):
+            entry["structure"] = structure
         _write_json(unfinished / CONFIG_NAME, config | {"px": entry})
         _write_json(sparse / CONFIG_NAME, config | {"px": entry, "quantization_config": _QUANTIZATION})
         for code in unfinished.glob("*.py"):  # of a model that is not one of transformers' own
@@ -152,6 +160,7 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_empty(lambda: _auto_class(content).from_config(config, **building), source)
+    _restore_structure_(model, content, source)
     fill(model, file, source)
     config.name_or_path = source
     return model.eval()
@@ -180,8 +189,28 @@ def _timm_model(
         )
     timm_models.check_config(config)
     model = build_empty(lambda: timm_models.build(config), source)
+    _restore_structure_(model, config, source)
     fill(model, file, source, stored_dtypes=True)
     return model.to(dtype).eval()
+
+
+def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the shapes of a model differ from those that its config makes: see `structured.structure`."""
+
+    def build() -> nn.Module:
+        stock = isinstance(model, PreTrainedModel)
+        return type(model)(copy.deepcopy(model.config)) if stock else timm_models.build(config)
+
+    try:
+        return structure_of(model, build_empty(build, type(model).__name__))
+    except CheckpointError:  # a model that cannot be built without weights is not one that px_hf.shrink made
+        return {}
+
+
+def _restore_structure_(model: nn.Module, config: Mapping[str, Any], source: str) -> None:
+    px = config.get("px")
+    if isinstance(px, Mapping) and "structure" in px:
+        restore_(model, px["structure"], source)
 
 
 def _read_config(folder_or_repo_id: str | os.PathLike[str], download: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
-from .select import check_count, check_min_layer_density, check_scope, check_sparsity, select_step
+from .select import check_count, check_min_layer_density, check_selection, check_sparsity, select_step
+from .structured.choose import STRUCTURED, check_reachable, choose_units
+from .structured.heads import with_counts
+from .structured.units import Family, example_of, trace_units
 from .targets import prunable, unwrap
 
 
@@ -58,18 +61,22 @@ def prune(
             an output (`px_hf.select_nm`): exactly n with sparsity 1 - n/m, fewer with a higher one, which is then
             ranked over all weights; in every round the n best of each group stay as long as the budget allows.
             Layers with fewer inputs than m (a stem on 3 colours, depthwise convolutions) stay dense and have no
-            masks. Default: the criterion's own, which is ``"global"`` for most.
+            masks. ``"structured"`` prunes whole units, hidden units, heads and channels, which `px_hf.shrink` takes
+            out, ``"structured:uniform"`` hidden units and channels, the same share of every layer
+            (docs/STRUCTURED.md). Default: the criterion's own, which is ``"global"`` for most.
         prune_head: also prune the classifier head.
         min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
-            [0, 1 - sparsity], against layers that are pruned empty.
+            [0, 1 - sparsity], against layers that are pruned empty; with a structured scope, of its units.
         progress: show a bar over the rounds, on the main process.
 
     Returns:
-        Masks over the prunable weights, with ``round(sparsity · weights)`` of these pruned.
+        Masks over the prunable weights, with ``round(sparsity · weights)`` of these pruned; with a structured scope
+        no more than ``sparsity · weights``, and fewer by less than one unit.
 
     Raises:
         InvalidArgumentError: a setting outside its range.
-        TargetError: no prunable weights, weights that no path reaches, or inputs that ``"n:m"`` does not divide.
+        TargetError: no prunable weights, weights that no path reaches, inputs that ``"n:m"`` does not divide, or units
+            that hold less than ``sparsity``.
         DataError: ``batches`` is empty, can be read only once, or is malformed.
         UnsupportedOpError: the criterion does not know an operation of the model.
         NonFiniteError: the model's output or a score is not finite.
@@ -85,6 +92,10 @@ def prune(
     _require_finite(targets)
     group = processes()
     rounds = rounds if criterion.iterative else 1
+    families: list[Family] = []
+    if scope in STRUCTURED:
+        families = _units(model, batches, targets)
+        check_reachable(families, targets, scope=scope, sparsity=sparsity, min_layer_density=min_layer_density)
     if group.world_size > 1:
         _require_agreement(model, batches if criterion.needs_data else None)
     masks: Masks | None = None
@@ -96,12 +107,24 @@ def prune(
             model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
         )
         target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
-        scores = {name: scores[name] for name in targets}
-        masks = select_step(scores, target, scope, masks, min_layer_density, final=t == rounds)
+        scores = {name: score for name, score in scores.items() if name in targets}
+        if families:
+            masks = choose_units(
+                scores, families, sparsity=target, scope=scope, within=masks, min_layer_density=min_layer_density,
+                power=criterion.unit_power or 1,
+            )  # fmt: skip
+        else:
+            masks = select_step(scores, target, scope, masks, min_layer_density, final=t == rounds)
     assert masks is not None
     if group.is_main:
         _warn_of_empty_layers(masks._tensors, 1 - sparsity)
     return masks
+
+
+def check_scope(scope: str) -> None:
+    """InvalidArgumentError unless `prune` knows `scope`."""
+    if scope not in STRUCTURED:
+        check_selection(scope)
 
 
 def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str | None) -> str:
@@ -114,7 +137,19 @@ def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str | N
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
     scope = criterion.scope if scope is None else scope
     check_scope(scope)
+    if scope in STRUCTURED and criterion.unit_power is None:
+        raise InvalidArgumentError(
+            f"the scores of {type(criterion).__name__} rank weights and cannot be added up to those of units, which "
+            f"scope={scope!r} needs. Use another criterion, such as px.PX()."
+        )
     return scope
+
+
+def _units(model: nn.Module, batches: Batches, targets: Mapping[str, Tensor]) -> list[Family]:
+    """The units that can be pruned, found by running the model on one image of ``batches``, or on zeros."""
+    batch = next(iter(batches), None) if not isinstance(batches, Iterator) else None
+    inputs = example_of(model, batch)
+    return with_counts(model, inputs, trace_units(model, inputs, targets))
 
 
 def _require_agreement(model: nn.Module, batches: Batches | None) -> None:

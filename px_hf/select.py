@@ -92,7 +92,7 @@ def select_step(
     return Masks(method(scores, density, {} if within is None else within._tensors, floor))
 
 
-def check_scope(scope: str) -> None:
+def check_selection(scope: str) -> None:
     """InvalidArgumentError unless `scope` is one of `SCOPES` or "n:m" with 0 < n < m."""
     _method(scope)
 
@@ -198,7 +198,8 @@ def _method(scope: str) -> _Method:
         return partial(_n_of_m, *pattern)
     if scope not in SCOPES:
         raise InvalidArgumentError(
-            f"Unknown scope {scope!r}, expected one of {', '.join(map(repr, SCOPES))}, or 'n:m', such as '2:4'."
+            f"Unknown scope {scope!r}, expected one of {', '.join(map(repr, SCOPES))}, or 'n:m', such as '2:4'; "
+            "px.prune also takes 'structured' and 'structured:uniform'."
         )
     return SCOPES[scope]
 

@@ -21,7 +21,8 @@ from transformers.utils import CONFIG_NAME
 import px_hf as px
 from px_hf.controls import CONTROLS
 from px_hf.data import DataSource
-from px_hf.select import check_scope
+from px_hf.prune import check_scope
+from px_hf.structured.choose import STRUCTURED
 
 EXAMPLE_MODEL = str(Path(__file__).parent / "demo" / "resnet")
 EXAMPLE = {
@@ -141,11 +142,15 @@ class ScoringArguments:
         default=None,
         metadata={
             "help": "Rank all weights together (global), within each layer or each output (row), or n:m, as in 2:4: "
-            "keep at most n of m inputs in a row. Default: the criterion's own.",
+            "keep at most n of m inputs in a row; structured takes out whole units, which are hidden units, heads and "
+            "channels, structured:uniform the same share of every layer and no heads. Default: the criterion's own.",
         },
     )
     min_layer_density: float = field(
-        default=0.0, metadata={"help": "With scope global: the fraction of each layer that is kept in any case."}
+        default=0.0,
+        metadata={
+            "help": "With scope global: the fraction of each layer that is kept in any case; structured: of its units."
+        },
     )
     prune_head: bool = field(default=False, metadata={"help": "Prune the classifier head too."})
     examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
@@ -262,11 +267,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise px.InvalidArgumentError(
             f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
         )
+    if prune.scope in STRUCTURED and prune.control != "none":
+        raise px.InvalidArgumentError(f"--control changes single weights, and --scope {prune.scope} whole units.")
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
-        prune.min_layer_density, prune.control = 0.0, "none"
+        prune.min_layer_density, prune.control, prune.scope = 0.0, "none", None
     prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
     mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
+    mask += f"-{prune.scope.replace(':', '-')}" if prune.scope in STRUCTURED else ""
     mask += "" if prune.control == "none" else f"-{prune.control}"
     mask = "kept" if prune.keep_masks else mask
     names = {"model": Path(model.model_name_or_path).name, "data": data.short_name(), "mask": mask}

@@ -23,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 
 import px_hf as px
 from px_hf.controls import CONTROLS, apply_control_
-from px_hf.select import check_scope
+from px_hf.prune import check_scope
 
 DENSE = "dense"
 
@@ -45,7 +45,9 @@ class Method:
     @classmethod
     def parse(cls, text: str, rounds: int) -> Method:
         """**Raises** `InvalidArgumentError` for an unknown name, key or value."""
-        name, *settings = re.split(r":(?!\d)", text)  # the colon of scope=2:4 divides no settings
+        name, *settings = re.split(
+            r":(?!\d|uniform)", text
+        )  # the colons of scope=2:4 and scope=structured:uniform divide nothing
         if name not in px.CRITERIA:
             raise px.InvalidArgumentError(
                 f"Method {text!r}: no criterion {name!r}; there are {', '.join(px.CRITERIA)}."

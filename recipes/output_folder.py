@@ -21,6 +21,15 @@ RUN_FILE = "run.json"
 """The settings that masks depend on and, once known, the dense results: what a resumed run must know."""
 
 
+UNITS_FILE = "units.safetensors"
+"""The masks by which units were taken out, of the model as it was: a resumed run takes out the same ones."""
+
+
+def has_structure(out: Path) -> bool:
+    """Whether the model saved in `out` is one that only px_hf can build, since no config expresses its widths."""
+    return "structure" in json.loads((out / "config.json").read_text())["px"]
+
+
 def find_checkpoint(out: Path, resume: str | None) -> str | None:
     """The checkpoint to resume from: the named one, or for "true" the newest whole one in `out`.
 

@@ -16,6 +16,7 @@ about 50 seconds on one CPU core, and no network. Expected on the 360 test image
     accelerate launch recipes/prune_finetune.py --model_name_or_path me/digits-px90 --keep_masks \\
         --train_dir photos/train                           # the same sparse network, with its masks, on another task
     accelerate launch recipes/prune_finetune.py --dense                            # the unpruned ceiling alone
+    accelerate launch recipes/prune_finetune.py --scope structured --sparsity 0.5  # a smaller model
 
 Two processes on a machine without a GPU (`accelerate launch --cpu` would silently start one):
 
@@ -40,7 +41,16 @@ from arguments import DataArguments, FineTuneArguments, ModelArguments, parse
 from backbone import load_model, load_processor
 from demo_data import digits
 from fine_tuning import make_trainer
-from output_folder import RUN_FILE, begin, check_same_run, claim, find_checkpoint, write_json
+from output_folder import (
+    RUN_FILE,
+    UNITS_FILE,
+    begin,
+    check_same_run,
+    claim,
+    find_checkpoint,
+    has_structure,
+    write_json,
+)
 from sparse_backbone import is_sparse, kept_masks
 from summary import Phases
 from transformers import (
@@ -61,6 +71,7 @@ from px_hf.evaluation.page import read_results
 from px_hf.plots import plot_layer_sparsity, plot_training
 from px_hf.push import claim_repo
 from px_hf.select import check_sparsity
+from px_hf.structured.choose import STRUCTURED
 
 
 def main(argv: list[str]) -> None:
@@ -68,6 +79,7 @@ def main(argv: list[str]) -> None:
     model_args, data_args, prune_args, training = parse(argv)
     criterion, out = prune_args.criterion_object(), Path(training.output_dir)
     check_sparsity(prune_args.sparsity)
+    units = prune_args.scope in STRUCTURED and not prune_args.keep_masks
     phases = Phases(quiet=not main_process)
     checkpoint = find_checkpoint(out, training.resume_from_checkpoint)
     claim(out, training.overwrite_output_dir, checkpoint)
@@ -114,7 +126,9 @@ def main(argv: list[str]) -> None:
     with phases("Prune"):
         if checkpoint:
             done = check_same_run(checkpoint, provenance)
-            masks = px.Masks.from_pretrained(checkpoint)
+            masks = (
+                px.Masks.load(Path(checkpoint).parent / UNITS_FILE) if units else px.Masks.from_pretrained(checkpoint)
+            )
             phases.say(f"the masks of {checkpoint}")
         else:
             done = {"provenance": provenance}
@@ -133,7 +147,17 @@ def main(argv: list[str]) -> None:
                 masks = apply_control_(prune_args.control, model, masks, training.seed)
             if main_process:
                 begin(out, done)
+                if units:
+                    masks.save(out / UNITS_FILE)
         phases.say(f"{masks.kept:,} of {masks.total:,} weights kept")
+        found, example = masks, data["validation"][0]["pixel_values"][None]
+        report = px.report(model, masks, example)
+        small: dict[str, Any] = {}
+        if units:
+            model, masks = px.shrink(model, masks, example)
+            of_small = px.report(model, masks, example)
+            small = {"effective_macs": of_small.macs, "parameters_kept": of_small.parameters}
+            phases.say(f"whole units are taken out: {of_small.parameters:,} parameters are left")
 
     if prune_args.compare_dense and "dense" not in done:
         with phases("Fine-tune dense"):
@@ -161,18 +185,18 @@ def main(argv: list[str]) -> None:
         return
     with phases("Load again"):
         difference = check_saved(out, model, masks, data.get("test", data["validation"]), model_args)
-        phases.say(f"stock transformers loads {out}: zeros where promised, logits differ by {difference:.1g}")
+        by = "px_hf" if has_structure(out) else "stock transformers"
+        phases.say(f"{by} loads {out}: zeros where promised, logits differ by {difference:.1g}")
 
     dense = done.get("dense", {})
-    plot_layer_sparsity(masks, out / "per_layer_sparsity.png")
+    plot_layer_sparsity(found, out / "per_layer_sparsity.png")
     plot_training(
         trainer.state.log_history,
         out / "training_curve.png",
-        title=f"{model_args.short_name()} on {data_args.short_name()}: {masks.kept:,} of {masks.total:,} weights",
+        title=f"{model_args.short_name()} on {data_args.short_name()}: {found.kept:,} of {found.total:,} weights",
         dense_accuracy=dense.get("eval_accuracy"),
     )
     metrics = results | {f"dense_{name}": value for name, value in dense.items()}
-    report = px.report(model, masks, data["validation"][0]["pixel_values"][None])
     saved = {
         "masks_sha256": masks.fingerprint(),
         "file_bytes": {
@@ -182,7 +206,7 @@ def main(argv: list[str]) -> None:
         },
         "seconds": phases.seconds,
     }
-    results = metrics | provenance | report.to_dict() | saved
+    results = metrics | provenance | report.to_dict() | small | saved
     write_json(out / "all_results.json", results)
     phases.close(out, results)
     if push:
@@ -228,10 +252,13 @@ def evaluate_splits(trainer: Trainer, data: dict[str, Split]) -> dict[str, float
 def check_saved(out: Path, model: PreTrainedModel, masks: px.Masks, split: Split, model_args: ModelArguments) -> float:
     """The largest difference of a logit between `model` and what stock transformers loads from `out`.
 
+    A model whose structure no config can express is loaded by px_hf.
+
     **Raises** `CheckpointError` if a pruned weight is not zero there, or predictions differ.
     """
     trust = {"trust_remote_code": model_args.trust_remote_code}
-    loaded = AutoModelForImageClassification.from_pretrained(out, **trust).to(model.device).eval()
+    load = px.from_pretrained if has_structure(out) else AutoModelForImageClassification.from_pretrained
+    loaded = load(out, **trust).to(model.device).eval()
     pixels = Preprocess(AutoImageProcessor.from_pretrained(out, **trust))
     if masks.revived(loaded):
         raise px.CheckpointError(f"Pruned weights are not zero in {out}: {masks.revived(loaded)}.")

@@ -24,6 +24,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 import px_hf as px
 from px_hf.batches import Inputs
 from px_hf.criteria.px import NUMBERS_AT_A_TIME
+from px_hf.select import select_step
 
 VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TINY_VIT = {
@@ -161,10 +162,10 @@ def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rou
 
     def select(*args: Any, **kwargs: Any) -> px.Masks:
         found: list[px.Masks] = []
-        selections.append(seconds(lambda: found.append(px.select(*args, **kwargs)), device))
+        selections.append(seconds(lambda: found.append(select_step(*args, **kwargs)), device))
         return found[0]
 
-    with mock.patch.object(sys.modules["px_hf.prune"], "select", select):
+    with mock.patch.object(sys.modules["px_hf.prune"], "select_step", select):
         whole = seconds(
             lambda: px.prune(model, batches, criterion, sparsity=0.9, rounds=measured, progress=False), device
         )

@@ -11,6 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from px_hf.structured.choose import STRUCTURED
+
+_CAPTIONS = {
+    False: "Effective: what a sparse runtime could skip. Dense kernels do not get faster.",
+    True: "Effective: of the smaller model that was saved.",
+}
+"""By whether whole units were taken out."""
+
 
 class Phases:
     """Headings on the console, and the seconds that each phase took."""
@@ -35,7 +43,7 @@ class Phases:
         table = Table(
             title=str(out),
             title_justify="left",
-            caption="Effective: what a sparse runtime could skip. Dense kernels do not get faster.",
+            caption=_CAPTIONS[results.get("scope") in STRUCTURED],
             caption_justify="left",
             show_header=compared,
         )

@@ -220,6 +220,22 @@ def test_the_embedded_backbones_transfer_to_the_digits(folder: Path, backbone: s
     assert results(folder / backbone)["test_accuracy"] > 0.9  # chance is 0.1
 
 
+@pytest.mark.parametrize("scope", ["structured", "structured:uniform"])
+def test_whole_units_are_taken_out_and_a_resumed_run_takes_out_the_same(folder: Path, scope: str) -> None:
+    out = folder / scope.replace(":", "-")
+    more = ["--scope", scope, "--sparsity", "0.3", "--num_train_epochs", "2", "--min_layer_density", "0.2"]
+    run_here(settings(folder, out.name, *more))
+    first = results(out)
+    model = px.from_pretrained(out)
+    assert first["parameters_kept"] == model.num_parameters() < first["parameters"]
+    assert first["effective_macs"] < first["macs"]
+    assert 0.2 < first["sparsity"] <= 0.3
+
+    checkpoint = str(min(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    run_here(settings(folder, out.name, *more, "--resume_from_checkpoint", checkpoint, "--overwrite_output_dir"))
+    assert results(out) == first
+
+
 def test_the_dense_ceiling_prunes_nothing(folder: Path) -> None:
     run_here(settings(folder, "ceiling", "--dense", "--num_train_epochs", "1"))
     out = folder / "ceiling"
@@ -251,6 +267,8 @@ BAD_ARGUMENTS = [
     (["--scope", "2:4", "--sparsity", "0.3"], px.InvalidArgumentError, "less than scope='2:4' prunes"),
     (["--sparcity", "0.5"], px.InvalidArgumentError, "Unknown arguments: --sparcity 0.5. Did you mean --sparsity"),
     (["--criterion", "magnitude", "--power", "0.5"], px.InvalidArgumentError, "--power is for the px criteria"),
+    (["--scope", "structured", "--control", "shuffle"], px.InvalidArgumentError, "--control changes single weights"),
+    (["--scope", "structured", "--sparsity", "0.99"], px.TargetError, "out of reach with scope='structured'"),
     (["--power", "-1"], px.InvalidArgumentError, "power=-1"),
     (["--config", "no/such.yaml"], px.InvalidArgumentError, "Cannot read --config no/such.yaml"),
     (["--model_name_or_path", "./no/such"], px.CheckpointError, "Cannot load the image processor of ./no/such"),

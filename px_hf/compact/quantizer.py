@@ -15,6 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, InvalidArgumentError
+from ..structured.structure import restore_
 from .layout import MASK, QUANT_METHOD, VALUES, VERSION
 from .matching import match
 from .reader import CompactFile
@@ -52,6 +53,9 @@ class CompactQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._file = CompactFile(checkpoint_files or [])
+        noted = getattr(model.config, "px", None)
+        if isinstance(noted, dict) and "structure" in noted:
+            restore_(model, noted["structure"], str(model.config.name_or_path))
         self._names = match(model, self._file, model.base_model_prefix)
         self._file.verify_whole()  # what transformers reads by itself
         self._failure: CheckpointError | None = None

@@ -47,6 +47,7 @@ class GraSP(Criterion):
 
     temperature: float = 200.0
     iterative: ClassVar[bool] = False
+    unit_power: ClassVar[int | None] = None
     needs_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

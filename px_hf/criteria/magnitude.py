@@ -15,8 +15,12 @@ from .base import Criterion, masked
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
-    """``S(θ) = |θ|``. Needs no data. (Janowsky 1989; Han et al. 2015, arXiv 1506.02626.)"""
+    """``S(θ) = |θ|``. Needs no data. (Janowsky 1989; Han et al. 2015, arXiv 1506.02626.)
 
+    Of a whole unit it is the mean square of its weights, ``unit_power`` 2.
+    """
+
+    unit_power: ClassVar[int | None] = 2
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 

@@ -1,0 +1,90 @@
+"""Copy a module with smaller tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from .units import Family
+
+CONVOLUTIONS: Final = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+SIZED: Final = (nn.Linear, *CONVOLUTIONS, *BATCH_NORMS)
+"""Modules whose integers `follow_shapes_` looks after."""
+
+Kept = dict[str, dict[int, Tensor]]
+"""Tensor -> axis -> the entries of it that stay, in order."""
+
+
+def kept_entries(model: nn.Module, families: Mapping[Family, Tensor]) -> Kept:
+    """What stays of each tensor when the units stay that are marked, family -> bool [units]."""
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    stays: dict[str, dict[int, Tensor]] = {}
+    for family, kept in families.items():
+        for part in family.parts:
+            axes = stays.setdefault(part.tensor, {})
+            axis = axes.setdefault(part.axis, torch.ones(tensors[part.tensor].shape[part.axis], dtype=torch.bool))
+            axis[part.index[~kept].flatten()] = False
+    return {
+        name: {axis: mask.nonzero().flatten() for axis, mask in axes.items() if not bool(mask.all())}
+        for name, axes in stays.items()
+    }
+
+
+def cut(tensor: Tensor, entries: Mapping[int, Tensor]) -> Tensor:
+    """`tensor` with only those entries of some axes."""
+    for axis, kept in entries.items():
+        tensor = tensor.index_select(axis, kept.to(tensor.device))
+    return tensor
+
+
+def smaller_copy(
+    module: nn.Module, kept: Kept, families: Mapping[Family, Tensor], masks: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A deep copy whose tensors have only the kept entries, and zeros where `masks` prune.
+
+    The large tensors are never copied. Sizes that modules hold as integers follow, `Family.counts` among them.
+    """
+    memo: dict[int, Any] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        mask = None if masks is None else masks.get(name)
+        if mask is None and not kept.get(name):
+            continue
+        entries = kept.get(name, {})
+        values = cut(tensor.detach(), entries)
+        if mask is not None:
+            values = values.masked_fill(~cut(mask, entries).to(values.device), 0)
+        memo[id(tensor)] = (
+            nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+        )
+    small = copy.deepcopy(module, memo)
+    for inner in small.modules():
+        follow_shapes_(inner)
+    for family, stays in families.items():
+        for path, attribute, amount in family.counts:
+            setattr(small.get_submodule(path), attribute, amount * int(stays.count_nonzero()))
+    return small
+
+
+def follow_shapes_(module: nn.Module) -> None:
+    """Make the sizes that a linear layer, a convolution or BatchNorm holds as integers those of its tensors."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, CONVOLUTIONS):
+        first, second = module.weight.shape[:2]
+        if module.groups == module.out_channels and not module.transposed:  # depthwise
+            module.groups = first
+        if module.transposed:
+            module.in_channels, module.out_channels = first, second * module.groups
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, BATCH_NORMS):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        module.num_features = module.num_features if tensor is None else len(tensor)
