@@ -116,7 +116,7 @@ class CompareArguments:
     weight_decay: float = field(default=0.01, metadata={"help": "Of the optimizer."})
     random_shift: bool = field(default=False, metadata={"help": "Train on images shifted by up to an eighth."})
     horizontal_flip: bool = field(default=False, metadata={"help": "Train on mirrored images too. Not for digits."})
-    bf16: bool = field(default=False, metadata={"help": "Fine-tune under bfloat16 autocast."})
+    bf16: bool = field(default=False, metadata={"help": "Fine-tune and evaluate under bfloat16 autocast."})
 
     def budget(self) -> Budget:
         return Budget(**{f.name: getattr(self, f.name) for f in fields(Budget)})

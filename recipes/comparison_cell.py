@@ -161,11 +161,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             recalibrate_(model, batches)
         result["masks"] = masks.fingerprint()
         result["empty_layers"] = sum(not bool(mask.any()) for mask in masks.values())
-    result["zero_shot"] = zero_shot(task, model, report)
+    result["zero_shot"] = zero_shot(task, model, report, budget.bf16)
     start = time.perf_counter()
     if budget.num_train_epochs > 0:
         fine_tune(model, masks, task.train, budget, cell.seed)
-        result["fine_tuned"] = accuracy(model, report)
+        result["fine_tuned"] = accuracy(model, report, budget.bf16)
         if masks is not None and masks.revived(model):
             raise px.TargetError(f"pruned weights came back: {masks.revived(model)}")
     seconds["fine_tune"] = round(time.perf_counter() - start, 2)
@@ -215,26 +215,29 @@ def recalibrate_(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         norm.eval()
 
 
-def zero_shot(task: Task, model: nn.Module, report: Pixels) -> float | None:
+def zero_shot(task: Task, model: nn.Module, report: Pixels, bf16: bool = False) -> float | None:
     """Accuracy of the pruned backbone with the head that was fitted to the dense one; None if there is none."""
     if not task.head.exists():
         return None
     held = {name: value.clone() for name, value in model.state_dict().items()}
     set_head_(model, task.head)
-    found = accuracy(model, report)
+    found = accuracy(model, report, bf16)
     model.load_state_dict(held)
     return found
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Pixels, batch_size: int = 250) -> float:
-    """The share of `data` that the model classifies as labelled."""
+def accuracy(model: nn.Module, data: Pixels, bf16: bool = False, batch_size: int = 250) -> float:
+    """The share of `data` that the model classifies as labelled, under bfloat16 autocast if asked for."""
     model.eval()
     device = next(model.parameters()).device
     right = 0
     for start in range(0, len(data), batch_size):
         images, labels = data.batch(slice(start, start + batch_size), device)
-        right += int((model(pixel_values=images).logits.argmax(1) == labels).sum())
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(pixel_values=images).logits
+        right += int((logits.argmax(1) == labels).sum())
     return right / len(data)
 
 

@@ -156,6 +156,17 @@ def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -
     assert comparison_cell.accuracy(fresh, task.test) < 0.4  # its own head is back
 
 
+def test_accuracy_under_bfloat16(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+    (prepared,) = (folder / "whole" / "cache").iterdir()
+    task = comparison_data.load(prepared)
+    model = task.dense_model(0, "fitted", torch.device("cpu"))
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits.dtype))
+    full, half = (comparison_cell.accuracy(model, task.test, bf16) for bf16 in (False, True))
+    assert seen == [torch.float32, torch.bfloat16]
+    assert abs(full - half) <= 0.03
+
+
 def test_calibration_is_class_balanced_and_drawn_by_seed(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
     (prepared,) = (folder / "whole" / "cache").iterdir()
     task = comparison_data.load(prepared)
