@@ -51,9 +51,14 @@ def _indexed(op: Any) -> Any:
     return indexed_max_pool
 
 
-decomposition(F.max_pool1d)(_indexed(F.max_pool1d_with_indices))
-decomposition(F.max_pool2d)(_indexed(F.max_pool2d_with_indices))
-decomposition(F.max_pool3d)(_indexed(F.max_pool3d_with_indices))
+INDEXED = {
+    F.max_pool1d: F.max_pool1d_with_indices,
+    F.max_pool2d: F.max_pool2d_with_indices,
+    F.max_pool3d: F.max_pool3d_with_indices,
+}
+"""A max-pool -> the same operation that also returns where each maximum is: the one with a rule."""
+for _plain, _with_indices in INDEXED.items():
+    decomposition(_plain)(_indexed(_with_indices))
 
 _MAX_POOLS = {F.max_pool1d_with_indices: 1, F.max_pool2d_with_indices: 2, F.max_pool3d_with_indices: 3}
 

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import RULES
+from ..ops.pooling import INDEXED
 from ..ops.registry import Rule
 
 Role = Literal["rows", "columns", "along"]
@@ -102,7 +103,7 @@ class SlabTracer(TorchFunctionMode):
         self, op: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = RULES.get(op)
+        rule = RULES.get(INDEXED.get(op, op))
         found = {id(t): self._labels[t] for t in _tensors((args, kwargs)) if t in self._labels}
         out = op(*args, **kwargs)
         target = args[0] if op is torch.Tensor.__setitem__ else out
