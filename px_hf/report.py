@@ -224,7 +224,7 @@ def _count_flops(model: nn.Module, inputs: Inputs) -> _Flops:
         try:
             # The fused inference kernel of nn.MultiheadAttention is one op that is not counted.
             torch.backends.mha.set_fastpath_enabled(False)
-            # Fused attention on a CPU is another, in some versions of torch: as two matrix products it is counted in all.
+            # So is that of attention on a CPU, in some versions of torch; two matrix products are counted in all.
             with sdpa_kernel(SDPBackend.MATH), counter:
                 run(model, inputs)
         finally:
