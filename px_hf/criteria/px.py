@@ -152,6 +152,10 @@ NUMBERS_AT_A_TIME = 5 * 2**18
 """A batch goes through in parts of at most so many numbers (8 images of 3 × 224 × 224): memory does not depend on
 the batch size, and a CPU is faster on tensors that it need not ask the system for each time."""
 
+_ACTIVE_ON_CPU = 5 * 2**16
+"""The same of active paths on a CPU (2 such images), whose backward needs all that was computed: more at once takes
+three times the memory and no less time. A GPU would idle."""
+
 
 def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
     """∂R/∂θ² over active paths, divided by 2**exponent."""
@@ -161,14 +165,16 @@ def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, in
         name: torch.zeros(square.shape, dtype=torch.float64, device=square.device)
         for name, square in network.squares.items()
     }
+    on_cpu = next(iter(total.values())).device.type == "cpu"
+    numbers = min(NUMBERS_AT_A_TIME, _ACTIVE_ON_CPU) if on_cpu else NUMBERS_AT_A_TIME
     reference: int | None = None
     for index, inputs in enumerate(inputs_of(batches, network.model)):
         if index % group.world_size != group.rank:
             continue
-        for part in inputs.parts(NUMBERS_AT_A_TIME):
+        for part in inputs.parts(numbers):
             reference = _add_active_(total, reference, network, part, weights, index)
     if reference is None:  # this process has no batch of its own, but must leave out what the others leave out
-        part = next(next(inputs_of(batches, network.model)).parts(NUMBERS_AT_A_TIME))
+        part = next(next(inputs_of(batches, network.model)).parts(numbers))
         _add_active_({}, None, network, part, weights, 0)
     exponent = sum_aligned_(total, reference)
     kept = [name for name in total if name not in network.left_out]

@@ -13,6 +13,8 @@ constant, so that no weight upstream is counted twice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from .companions import Companion, Gate, Paths
 
 
 def unit_gain(gate: Companion | None, trunk: Paths) -> Tensor | None:
-    """u / stop_gradient(u) for the gate's sources, 1 where u is 0; None if there is nothing to credit.
+    """The product of u / stop_gradient(u) over the gate's sources, 1 where u is 0; None if there is nothing to credit.
 
     ``trunk`` holds the value paths that the gate multiplies.
     """
@@ -30,14 +32,26 @@ def unit_gain(gate: Companion | None, trunk: Paths) -> Tensor | None:
         sources = [source(trunk) for source in gate.sources]
     else:
         return None
-    factor: Tensor | None = None
-    for u in sources:
-        if u.requires_grad:
-            held = u.detach()
-            one = u * torch.where(held > 0, 1 / held, 0.0) + (held <= 0)
-            # Σ (one - 1) + 1 has the value and the gradient of the product, and less to remember
-            factor = one if factor is None else factor + one - 1
-    return factor
+    credited = [u for u in sources if u.requires_grad]
+    return _Gain.apply(*credited) if credited else None
+
+
+class _Gain(torch.autograd.Function):
+    """1, in the shape that the given u broadcast to; its gradient in log u is the flow, for each u that is not 0.
+
+    Written out, for at scale it counts: a pattern has N² entries for each head, and here nothing of that size is
+    computed before backward, or saved beside u.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(*sources)
+        shape = torch.broadcast_shapes(*(u.shape for u in sources))
+        return sources[0].new_ones(()).expand(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple((gradients[0].sum_to_size(u.shape) / u).masked_fill_(u == 0, 0) for u in ctx.saved_tensors)
 
 
 def branch(paths: Paths, trunk: Paths) -> Tensor:

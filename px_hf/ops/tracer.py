@@ -141,7 +141,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         found: dict[int, Companion] = {}
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_of((args, kwargs)):
             companion = self._companion(tensor)
             if companion is not None:
                 found[id(tensor)] = companion
@@ -159,9 +159,9 @@ class Tracer(TorchFunctionMode):
             found[id(rule_args[0])] = found.get(id(args[0]), UNKNOWN)
         out = op(*args, **kwargs)
         target = args[0] if op is torch.Tensor.__setitem__ else out
-        if not any(map(_has_values, _tensors(target))):
+        if not any(map(_has_values, tensors_of(target))):
             return out
-        with torch.set_grad_enabled(self.reading.weights), full_precision(next(_tensors(target)).device):
+        with torch.set_grad_enabled(self.reading.weights), full_precision(next(tensors_of(target)).device):
             result = self._result(op, target, found, rule_args, kwargs)
         if args and target is args[0] and target._base is not None:
             # Written through a view of a tensor that has no path sums of its own: see _companion.
@@ -259,7 +259,7 @@ class Tracer(TorchFunctionMode):
             shape = flow.operands[0].shape
             if isinstance(out, Tensor):
                 return Gate(tuple(_moved(source, shape, flow.fn) for source in one.sources), one.product)
-            pieces = [lambda u, i=i: flow.fn(u)[i] for i, _ in enumerate(_tensors(out))]
+            pieces = [lambda u, i=i: flow.fn(u)[i] for i, _ in enumerate(tensors_of(out))]
             return [Gate(tuple(_moved(s, shape, piece) for s in one.sources), one.product) for piece in pieces]
         if any(isinstance(c, Gate) for c in companions):
             gates = [c for c in companions if isinstance(c, Gate)]
@@ -277,7 +277,7 @@ class Tracer(TorchFunctionMode):
 
         Those that the result cannot be broadcast from, as in a sum over a pattern, are mere statistics.
         """
-        gates = {id(t): t for t in _tensors((args, kwargs)) if isinstance(found.get(id(t)), Gate)}
+        gates = {id(t): t for t in tensors_of((args, kwargs)) if isinstance(found.get(id(t)), Gate)}
         product = any(c.product for c in found.values() if isinstance(c, Gate))
         sources: dict[Source, None] = {}
         for key, value in gates.items():
@@ -300,7 +300,7 @@ class Tracer(TorchFunctionMode):
         """The path of the one parameter that has the shape of ``out``, if there is just one."""
         if not isinstance(out, Tensor):
             return None
-        same = {id(t): t for t in _tensors(operands) if id(t) in found and t.shape == out.shape}
+        same = {id(t): t for t in tensors_of(operands) if id(t) in found and t.shape == out.shape}
         return self._path_of(next(iter(same.values())), found) if len(same) == 1 else None
 
     def _path_of(self, value: Tensor, found: Mapping[int, Companion]) -> Tensor | None:
@@ -316,7 +316,7 @@ class Tracer(TorchFunctionMode):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with pruned weights at zero."""
         masked: dict[int, Tensor] = {}
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_of((args, kwargs)):
             weight = found.get(id(tensor))
             if isinstance(weight, Weight) and weight.mask is not None and id(tensor) not in masked:
                 mask = weight.mask.to(tensor.dtype)
@@ -329,14 +329,14 @@ class Tracer(TorchFunctionMode):
         def replace(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return masked.get(id(value), value)
-            if isinstance(value, (list, tuple)) and any(True for _ in _tensors(value)):
+            if isinstance(value, (list, tuple)) and any(True for _ in tensors_of(value)):
                 return type(value)(replace(v) for v in value)
             return value
 
         return tuple(replace(a) for a in args), {k: replace(v) for k, v in kwargs.items()}
 
     def _attach(self, out: Any, result: Companion | Sequence[Companion] | None) -> None:
-        tensors = list(filter(_has_values, _tensors(out)))
+        tensors = list(filter(_has_values, tensors_of(out)))
         results = list(result) if isinstance(result, Sequence) else [result] * len(tensors)
         for tensor, companion in zip(tensors, results, strict=True):
             later = isinstance(companion, Later) and not companion.made
@@ -425,12 +425,13 @@ def _in_place(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     return bool(bound.arguments.get("inplace"))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)

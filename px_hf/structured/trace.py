@@ -22,7 +22,7 @@ has fewer units to choose from, and none that is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..ops import RULES
 from ..ops.pooling import INDEXED
 from ..ops.registry import Rule
+from ..ops.tracer import tensors_of
 
 Role = Literal["rows", "columns", "along"]
 
@@ -104,10 +105,10 @@ class SlabTracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(INDEXED.get(op, op))
-        found = {id(t): self._labels[t] for t in _tensors((args, kwargs)) if t in self._labels}
+        found = {id(t): self._labels[t] for t in tensors_of((args, kwargs)) if t in self._labels}
         out = op(*args, **kwargs)
         target = args[0] if op is torch.Tensor.__setitem__ else out
-        results = [t for t in _tensors(target) if t.is_floating_point()]
+        results = [t for t in tensors_of(target) if t.is_floating_point()]
         if not results or not (found or rule in self._starts):
             return out
         labels: Any = None
@@ -217,14 +218,3 @@ def core(labels: Tensor) -> Tensor:
 def distinct(labels: Tensor) -> list[int]:
     """The labels that occur, without 0."""
     return [int(v) for v in torch.unique(labels).tolist() if v]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
