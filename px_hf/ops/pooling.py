@@ -60,7 +60,7 @@ INDEXED = {
 for _plain, _with_indices in INDEXED.items():
     decomposition(_plain)(_indexed(_with_indices))
 
-_MAX_POOLS = {F.max_pool1d_with_indices: 1, F.max_pool2d_with_indices: 2, F.max_pool3d_with_indices: 3}
+_MAX_POOLS = {op: spatial for spatial, op in enumerate(INDEXED.values(), start=1)}
 
 
 @rule(*_MAX_POOLS)
