@@ -16,8 +16,6 @@ from ..modes import full_precision
 from ..ops import Paths, Reading, Tracer, Weight
 from .base import masked
 
-Gradients = dict[str, Tensor]
-
 
 class PathNetwork:
     """A masked model and the readings of its weights."""
@@ -67,16 +65,6 @@ class PathNetwork:
             )
         return logits, paths, tracer.met
 
-    def gradients(self, output: Tensor, weight: Tensor, met: list[Tensor], inputs: Inputs) -> Gradients:
-        """∂(Σ output ⊙ weight)/∂θ² of every target that is not left out."""
-        leaves = list(self.squares.values())
-        with full_precision(output.device):
-            found = torch.autograd.grad(output, leaves, weight.to(output), allow_unused=True)
-        missing = [name for name, gradient in zip(self.squares, found, strict=True) if gradient is None]
-        if missing:
-            self._leave_out(missing, met, inputs)
-        return {name: g for name, g in zip(self.squares, found, strict=True) if g is not None}
-
     def each_gradient(
         self,
         take: Callable[[str, Tensor], None],
@@ -85,7 +73,10 @@ class PathNetwork:
         met: list[Tensor],
         inputs: Inputs,
     ) -> None:
-        """Hand ∂(Σ output ⊙ weight)/∂θ² of each target to ``take`` as it is found: they are never held together."""
+        """Hand ∂(Σ output ⊙ weight)/∂θ² of each target to ``take`` as it is found: they are never held together.
+
+        Nobody needs a target's θ² any more when its gradient is there, so ``take`` may write to either.
+        """
         missing = dict.fromkeys(self.squares)
 
         def found(name: str, leaf: Tensor) -> None:
@@ -150,6 +141,10 @@ class PathNetwork:
                 stacklevel=4,
             )
 
+    def any_kept(self) -> bool:
+        """Whether a target has a weight other than 0."""
+        return any(bool(masked(p, self.masks.get(p)).any()) for p in self.targets.values())
+
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.is_floating_point()]
 
@@ -165,34 +160,50 @@ class _Run(nn.Module):
         return run(self.model, inputs)
 
 
+class PathScores:
+    """θ² · (∂R/∂θ²)^power of one target after another, each in the memory of its θ²."""
+
+    def __init__(self, network: PathNetwork, power: float) -> None:
+        self._network = network
+        self._power = power
+        self._scores: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, name: str, gradient: Tensor) -> None:
+        """``gradient`` is overwritten, as is θ²."""
+        flow = gradient if self._power == 1 else gradient.pow_(self._power)
+        self._scores[name] = self._network.squares[name].detach().mul_(flow)
+
+    def result(self, exponent: int) -> dict[str, Tensor]:
+        """The scores, if 2**exponent times what was taken is ∂R/∂θ²: without that factor if it would leave the
+        dtype's range.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite; names the weight.
+        """
+        scores = {name: self._scores.pop(name) for name in self._network.squares if name in self._scores}
+        largest = 0.0
+        for name, score in scores.items():
+            top = float(score.max())  # NaN if there is one
+            if not math.isfinite(top):
+                raise NonFiniteError(
+                    f"{int((~torch.isfinite(score)).sum())} score(s) of {name} are not finite; "
+                    "check the weights and BatchNorm statistics of the model for NaN and infinity."
+                )
+            largest = max(largest, top)
+        if largest == 0 and self._network.any_kept():
+            warnings.warn(
+                "every score is 0: no path from the images to the output survives. A classifier head initialised to "
+                "zeros does this (initialise it, or fit it first), and so does a layer that has been pruned empty.",
+                stacklevel=3,
+            )
+        factor = exponent * self._power
+        limit = 500 if self._network.dtype == torch.float64 else 60
+        if largest > 0 and factor and abs(factor + math.log2(largest)) < limit and abs(factor) < limit:
+            for score in scores.values():
+                score *= 2.0**factor
+        return scores
+
+
 def _shown(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def path_scores(squares: Mapping[str, Tensor], gradients: Gradients, exponent: int, power: float) -> dict[str, Tensor]:
-    """θ² · (2**exponent · ∂R/∂θ²)^power, leaving out 2**exponent if that would leave the dtype's range."""
-    scores = {}
-    largest = 0.0
-    for name, gradient in gradients.items():
-        square = squares[name]
-        flow = gradient if power == 1 else gradient**power
-        scores[name] = square.detach() * flow
-        top = float(scores[name].max())  # NaN if there is one
-        if not math.isfinite(top):
-            raise NonFiniteError(
-                f"{int((~torch.isfinite(scores[name])).sum())} score(s) of {name} are not finite; "
-                "check the weights and BatchNorm statistics of the model for NaN and infinity."
-            )
-        largest = max(largest, top)
-    if largest == 0 and any(bool(square.detach().any()) for square in squares.values()):
-        warnings.warn(
-            "every score is 0: no path from the images to the output survives. A classifier head initialised to zeros "
-            "does this (initialise it, or fit it first), and so does a layer that has been pruned empty.",
-            stacklevel=2,
-        )
-    factor = exponent * power
-    limit = 500 if next(iter(scores.values())).dtype == torch.float64 else 60
-    if largest > 0 and abs(factor + math.log2(largest)) < limit and abs(factor) < limit:
-        for name in scores:
-            scores[name] *= 2.0**factor
-    return scores

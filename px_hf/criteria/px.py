@@ -44,7 +44,7 @@ skipped by its name, and no absolute value is needed because every score is non-
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +59,7 @@ from ..ops import ACTIVE, G, H, Weight
 from ..sums import add_, add_up, exact_sum, sum_aligned_
 from ..targets import prunable, unwrap
 from .base import Criterion
-from .path_network import Gradients, PathNetwork, path_scores
+from .path_network import PathNetwork, PathScores
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,14 @@ class PX(Criterion):
         model = unwrap(model)
         network = PathNetwork(model, prunable(model, prune_head), masks or {})
         with evaluating(model):
-            gradients, exponent = (_all_paths if self.paths == "all" else _active_paths)(network, batches)
+            scores = PathScores(network, self.power)
+            exponent = (_all_paths if self.paths == "all" else _active_paths)(network, batches, scores.take)
         network.warn_of_left_out()
-        return path_scores(network.squares, gradients, exponent, self.power)
+        return scores.result(exponent)
 
 
-def _all_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
-    """∂R/∂θ² of Eq. 9, divided by 2**exponent."""
+def _all_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None]) -> int:
+    """Hand ∂R/∂θ² of Eq. 9, divided by 2**exponent, to ``take``; returns the exponent."""
     group = processes()
     weights = network.masks_only()
     terms: list[tuple[Tensor, int]] = []
@@ -140,7 +141,8 @@ def _all_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
     data, exponent = exact_sum(terms, out.numel(), count, probe.images.device)
     if not bool(torch.isfinite(data).all()):
         raise NonFiniteError("the sum over paths h(x², 1, a) is not finite: check the images and the model for NaN.")
-    return network.gradients(out, data, met, probe), exponent + int(kernel.exponent)
+    network.each_gradient(take, out, data, met, probe)
+    return exponent + int(kernel.exponent)
 
 
 def _per_class(sums: Tensor) -> Tensor:
@@ -157,8 +159,8 @@ _ACTIVE_ON_CPU = 5 * 2**16
 three times the memory and no less time. A GPU would idle."""
 
 
-def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, int]:
-    """∂R/∂θ² over active paths, divided by 2**exponent."""
+def _active_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None]) -> int:
+    """Hand ∂R/∂θ² over active paths, divided by 2**exponent, to ``take``; returns the exponent."""
     group = processes()
     weights = network.squared()
     total = {
@@ -177,12 +179,15 @@ def _active_paths(network: PathNetwork, batches: Batches) -> tuple[Gradients, in
         part = next(next(inputs_of(batches, network.model)).parts(numbers))
         _add_active_({}, None, network, part, weights, 0)
     exponent = sum_aligned_(total, reference)
-    kept = [name for name in total if name not in network.left_out]
-    return {name: total.pop(name).to(network.dtype) for name in kept}, exponent
+    for name in list(total):
+        gradient = total.pop(name)
+        if name not in network.left_out:
+            take(name, gradient.to(network.dtype))
+    return exponent
 
 
 def _add_active_(
-    total: Gradients,
+    total: dict[str, Tensor],
     reference: int | None,
     network: PathNetwork,
     inputs: Inputs,

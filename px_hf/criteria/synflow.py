@@ -32,7 +32,7 @@ from ..modes import evaluating
 from ..ops import ABSOLUTE, G, Reading
 from ..targets import prunable, unwrap
 from .base import Criterion
-from .path_network import PathNetwork, path_scores
+from .path_network import PathNetwork, PathScores
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class SynFlow(Criterion):
         with evaluating(model):
             ones = probe.images.to(network.dtype)
             _, paths, met = network.path_sums(probe, ones, self.reading, network.squared())
-            gradients = network.gradients(paths.data, torch.ones_like(paths.data), met, probe)
+            scores = PathScores(network, 1.0)
+            network.each_gradient(scores.take, paths.data, torch.ones_like(paths.data), met, probe)
         network.warn_of_left_out()
-        return path_scores(network.squares, gradients, int(paths.exponent), 1.0)
+        return scores.result(int(paths.exponent))
 
 
 @dataclass(frozen=True)
