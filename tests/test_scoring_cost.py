@@ -10,10 +10,11 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from networks import NETWORKS, build, images, sizes
 from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import px_hf as px
 from px_hf.criteria import px as module
-from px_hf.ops import ACTIVE, G, H, Tracer, Weight
+from px_hf.ops import ACTIVE, ForgottenError, G, H, Tracer, Weight, tracer
 from px_hf.ops.companions import Later, Paths
 from px_hf.sums import add_, add_up
 
@@ -121,6 +122,66 @@ def test_nothing_is_left_behind(name: str, paths: str) -> None:
     gc.collect()
     assert not any(type(thing) in (Tracer, Paths, Later) for thing in gc.get_objects())
     assert not torch.nn.modules.module._global_forward_hooks
+
+
+class FarGate(nn.Module):
+    """A gate whose branch leaves the value path many sums further up."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.gate, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(5))
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = after = self.stem(x)
+        for block in self.blocks[:2]:
+            after = after + block(after).relu()
+        middle, side = after, self.blocks[2](after)  # the branch leaves here, before three more sums
+        for block in self.blocks[3:]:
+            after = after + block(after).relu() + middle
+        trunk = after + first if self.skip else first
+        return self.head((trunk * self.gate(side).sigmoid()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("paths", ["all", "active"])
+@pytest.mark.parametrize("name", [*NETWORKS, "far gate", "far gate, skip"])
+def test_history_that_is_let_go_of(name: str, paths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a gate asks for it after all, it is there; scores are the same to the bit."""
+    far = name.startswith("far")
+    model, x = (FarGate(name.endswith("skip")).eval(), images()) if far else (build(name), inputs(name))
+    asked = []
+    real = ForgottenError.__init__
+    monkeypatch.setattr(ForgottenError, "__init__", lambda self: (asked.append(1), real(self))[1])
+    found = px.PX(paths=paths).score(model, [x], prune_head=True)
+    assert len(asked) == far
+    monkeypatch.setattr(tracer, "_REMEMBERED", 10**6)
+    whole = px.PX(paths=paths).score(model, [x], prune_head=True)
+    assert len(asked) == far
+    for key, score in whole.items():
+        torch.testing.assert_close(found[key], score, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reading", [G, ACTIVE], ids=["G", "ACTIVE"])
+def test_history_does_not_grow_with_depth(reading) -> None:
+    def remembered(depth: int) -> int:
+        config = ViTConfig(hidden_size=8, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=8,
+                           image_size=8, patch_size=4, num_labels=5)  # fmt: skip
+        model, x = ViTForImageClassification(config).eval(), images()
+        weights = {p: Weight(p.detach().square().requires_grad_()) for p in model.parameters()}
+        with torch.no_grad(), Tracer(model, reading, weights, torch.float32) as running:
+            running.start(x, x.square())
+            logits = model(pixel_values=x).logits
+            seen, stack = set(), [running.paths(logits)]
+            while stack:
+                node = stack.pop()
+                if node not in seen:
+                    seen.add(node)
+                    stack += node.parents
+            return len(seen)
+
+    assert remembered(9) == remembered(4)
 
 
 def test_sums_of_parts_and_of_batches() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..batches import Inputs, run
 from ..errors import NonFiniteError, TargetError
 from ..modes import full_precision
-from ..ops import Paths, Reading, Tracer, Weight
+from ..ops import ForgottenError, Paths, Reading, Tracer, Weight
 from .base import masked
 
 
@@ -32,6 +32,7 @@ class PathNetwork:
         """θ² of the targets (|θ| where ``order`` is 1), once they have been read."""
         self.left_out: dict[str, None] = {}
         """Targets that no path can lead through."""
+        self._forget = True
 
     def masks_only(self) -> dict[Tensor, Weight]:
         """Weights read as their masks, for h."""
@@ -54,16 +55,20 @@ class PathNetwork:
     ) -> tuple[Tensor, Paths, list[Tensor]]:
         """The logits of the masked network, the path sums [N, K] that arrive there, and `Tracer.met`."""
         images = inputs.images.detach().view(inputs.images.shape)  # a tensor object of our own
-        with torch.no_grad(), Tracer(self.model, reading, weights, self.dtype) as tracer:
-            tracer.start(images, start)
-            logits = run(self.model, Inputs(images, inputs.others))
+        try:
+            with torch.no_grad(), Tracer(self.model, reading, weights, self.dtype, self._forget) as tracer:
+                tracer.start(images, start)
+                logits = run(self.model, Inputs(images, inputs.others))
+        except ForgottenError:
+            self._forget = False
+            return self.path_sums(inputs, start, reading, weights)
         paths = tracer.paths(logits)
         if paths is None:
             raise TargetError(
                 f"no path leads from the images to the output of {type(self.model).__name__}: the output does not "
                 "depend on the images, or only through a frozen factor."
             )
-        return logits, paths, tracer.met
+        return logits, Paths(paths.data, paths.exponent), tracer.met  # without the history of all sums
 
     def each_gradient(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import activation, arithmetic, attention, linear, norm, pooling, shape
 from .companions import ABSOLUTE, ACTIVE, G, H, Paths, Reading, Weight
+from .gates import ForgottenError
 from .registry import RULES, add_rule, rule
 from .tracer import Tracer
 
@@ -15,6 +16,7 @@ __all__ = [
     "ABSOLUTE",
     "ACTIVE",
     "RULES",
+    "ForgottenError",
     "G",
     "H",
     "Paths",

@@ -26,25 +26,25 @@ from .companions import Flow, Gate
 from .registry import decomposition, rule, variants
 
 
-def _shaped(s: Any, out: Tensor) -> Any:
-    return s.expand(out.shape) if isinstance(s, Tensor) and s.shape != out.shape else s
+def _shaped(s: Any, shape: torch.Size) -> Any:
+    return s.expand(shape) if isinstance(s, Tensor) and s.shape != shape else s
 
 
 @rule(*variants("add", "sub", "subtract"), torch.Tensor.__radd__, torch.Tensor.__rsub__)
 def add(call: Call, x: Any, y: Any, *, alpha: float = 1) -> Flow | Gate:
-    out: Tensor = call.out
+    shape = call.out.shape
     if call.is_gate(x) or call.is_gate(y):
         gate = call.companion(x) if call.is_gate(x) else call.companion(y)
         assert isinstance(gate, Gate)
         if gate.product:  # logits plus something, such as a relative position term q·r: still logits
             return gate
-        return call.flow(lambda s: _shaped(s, out), x if call.has_paths(x) else y)
+        return call.flow(lambda s: _shaped(s, shape), x if call.has_paths(x) else y)
     weight = call.fixed(alpha)
     if call.has_paths(x) and call.has_paths(y):
         return call.flow(lambda a, b: a + (b if weight == 1 else weight * b), x, y)
     if call.has_paths(x):
-        return call.flow(lambda s: _shaped(s, out), x)
-    return call.flow(lambda s: _shaped(s if weight == 1 else weight * s, out), y)
+        return call.flow(lambda s: _shaped(s, shape), x)
+    return call.flow(lambda s: _shaped(s if weight == 1 else weight * s, shape), y)
 
 
 @rule(*variants("neg", "negative"))
@@ -59,16 +59,16 @@ def _gating_order(call: Call, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 @rule(*variants("mul", "multiply"), torch.Tensor.__rmul__, reads_input=True)
 def mul(call: Call, x: Any, y: Any) -> Flow:
-    out: Tensor = call.out
+    shape = call.out.shape
     if not call.has_paths(x) or call.is_gate(x):
         x, y = y, x
     if call.has_paths(y):
         x, y = _gating_order(call, x, y)
     if call.has_paths(y) or call.is_gate(y):
         gate2, credit = call.gate(y), call.credit(y, x)
-        return call.flow(lambda s: _shaped(times(s, gate2, credit), out), x)
+        return call.flow(lambda s: _shaped(times(s, gate2, credit), shape), x)
     scale = call.scale(y)
-    return call.flow(lambda s: _shaped(s if scale is None else s * scale, out), x)
+    return call.flow(lambda s: _shaped(s if scale is None else s * scale, shape), x)
 
 
 @rule(*variants("div", "divide", "true_divide"), reads_input=True)
@@ -77,12 +77,12 @@ def div(call: Call, x: Any, y: Any, *, rounding_mode: str | None = None) -> Flow
         raise NotImplementedError(f"rounding_mode={rounding_mode!r}")
     if not call.has_paths(x):
         raise NotImplementedError("a divisor that paths lead to and a numerator that none leads to")
-    out: Tensor = call.out
+    shape = call.out.shape
     if call.has_paths(y) or call.is_gate(y):
         gate2 = call.gate(1 / y)
-        return call.flow(lambda s: _shaped(times(s, gate2), out), x)
+        return call.flow(lambda s: _shaped(times(s, gate2), shape), x)
     factor = call.fixed(1 / y)
-    return call.flow(lambda s: _shaped(s * factor, out), x)
+    return call.flow(lambda s: _shaped(s * factor, shape), x)
 
 
 @decomposition(torch.addcmul, torch.Tensor.addcmul)

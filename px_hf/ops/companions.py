@@ -15,9 +15,10 @@ A tensor without a companion is a constant.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -27,6 +28,8 @@ Exponent: TypeAlias = int | Tensor
 
 Linear = Callable[..., Tensor]
 """A map that is linear in its positional tensor arguments: what an op does to path sums."""
+
+_births = itertools.count()
 
 
 @dataclass(eq=False)
@@ -53,6 +56,13 @@ class Paths:
     value: Tensor | None = None
     """The activation itself, on active paths: where the branch of a gate starts."""
     version: int = -1
+    forgotten: bool = False
+    born: int = field(default_factory=_births.__next__)
+    """Parents are born before their children."""
+
+    def forget(self) -> None:
+        """Let go of the history. A branch may still start here, but not further up."""
+        self.parents, self.replay, self.forgotten = (), None, True
 
     def start(self) -> Tensor:
         """What a branch that leaves here starts with, as a constant: the squared activation on active paths,
@@ -78,6 +88,7 @@ class Later(Paths):
         self._make: Callable[[], tuple[Tensor, Exponent]] | None = make
         self.flow = flow
         self.operands = operands
+        self.born = next(_births)
         for name, value in like.items():
             setattr(self, name, value)
 

@@ -54,6 +54,10 @@ class _Gain(torch.autograd.Function):
         return tuple((gradients[0].sum_to_size(u.shape) / u).masked_fill_(u == 0, 0) for u in ctx.saved_tensors)
 
 
+class ForgottenError(Exception):
+    """A branch leads further up than the history that is left. `Tracer` keeps all of it on request."""
+
+
 def branch(paths: Paths, trunk: Paths) -> Tensor:
     """The path sums of ``paths``, computed again from where its branch leaves ``trunk``.
 
@@ -64,10 +68,13 @@ def branch(paths: Paths, trunk: Paths) -> Tensor:
     path sums where they are not, or ones if no path arrives at all.
     """
     shared = _ancestors(trunk)
+    horizon = max((node.born for node in shared if node.forgotten), default=-1)  # above it `shared` may lack some
     known: dict[tuple[int, bool], Tensor] = {}
 
     def visit(node: Paths, below_weight: bool, below_slice: bool) -> Tensor:
         start = node in shared and (below_weight or not below_slice)
+        if not start and (node.forgotten or node.born < horizon):
+            raise ForgottenError
         if start or node.replay is None:
             return node.start()
         key = (id(node), below_weight)

@@ -73,12 +73,12 @@ def cat(call: Call, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Flo
     carries = [call.has_paths(t) if activations else call.companion(t) is not None for t in tensors]
     carrying = [t for t, carried in zip(tensors, carries, strict=True) if carried]
     shapes = [t.shape for t in tensors]
-    device = call.out.device
+    dtype, device = call.dtype, call.out.device
 
     def fn(*streams: Tensor) -> Tensor:
         given = iter(streams)
         parts = [
-            next(given) if carried else torch.zeros(shape, dtype=call.dtype, device=device)
+            next(given) if carried else torch.zeros(shape, dtype=dtype, device=device)
             for carried, shape in zip(carries, shapes, strict=True)
         ]
         result: Tensor = op(parts, *args, **kwargs)
@@ -96,12 +96,12 @@ def setitem(call: Call, target: Tensor, index: Any, value: Any) -> Flow:
         written[index] = b
         return written
 
-    shape, device = target.shape, target.device
+    shape, dtype, device = target.shape, call.dtype, target.device
     if call.has_paths(target) and call.has_paths(value):
         return call.flow(write, target, value)
     if call.has_paths(target):
         return call.flow(lambda a: write(a, 0.0), target)
-    return call.flow(lambda b: write(torch.zeros(shape, dtype=call.dtype, device=device), b), value)
+    return call.flow(lambda b: write(torch.zeros(shape, dtype=dtype, device=device), b), value)
 
 
 @rule(torch.Tensor.copy_)

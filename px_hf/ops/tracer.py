@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -46,6 +48,10 @@ from .companions import (
 from .registry import DECOMPOSITIONS, GATE_OPS, READS_INPUT, RULES, SHAPE_OPS, Op
 
 
+_REMEMBERED = 2
+"""Sums of activations, such as the ends of residual blocks, whose history is kept: a branch to come starts below."""
+
+
 class Tracer(TorchFunctionMode):
     """``with Tracer(...) as tracer: model(x)`` computes path sums beside the values.
 
@@ -54,24 +60,34 @@ class Tracer(TorchFunctionMode):
         reading: which factors of a path product are read.
         weights: parameter -> `Weight`. Masks in it are applied to the values as they are used.
         dtype: of the path sums.
+        forget: let go of the history of path sums that gates within blocks do not ask for.
 
     Attributes:
         met: readings of the weights that met an activation or a gate; empty where weights are not read.
 
     Raises:
         UnsupportedOpError: on leaving, if there were operations without a rule; lists all of them.
+        ForgottenError: a gate asks for history that was let go of.
     """
 
     def __init__(
-        self, model: nn.Module, reading: Reading, weights: Mapping[Tensor, Weight], dtype: torch.dtype
+        self,
+        model: nn.Module,
+        reading: Reading,
+        weights: Mapping[Tensor, Weight],
+        dtype: torch.dtype,
+        forget: bool = True,
     ) -> None:
         super().__init__()
         self.reading = reading
         self.dtype = dtype
         self.met: list[Tensor] = []
-        self._companions = WeakTensorKeyDictionary()
+        self._weights = WeakTensorKeyDictionary()
         for parameter, weight in weights.items():
-            self._keep(parameter, weight)
+            self._weights[parameter] = weight, parameter._version
+        self._companions = WeakTensorKeyDictionary()
+        self._sums: deque[Paths] = deque()
+        self._remembered = _REMEMBERED if forget else math.inf
         self._unknown: dict[str, dict[str, None]] = {}
         self._modules: list[str] = []
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -121,7 +137,7 @@ class Tracer(TorchFunctionMode):
         self._companions[value] = companion, value._version
 
     def _companion(self, value: Tensor) -> Companion | None:
-        found = self._companions.get(value)
+        found = self._companions.get(value) or self._weights.get(value)
         if found is None:
             return None
         companion: Companion
@@ -224,7 +240,12 @@ class Tracer(TorchFunctionMode):
             exponent, step = _in_range(flow, parents)
             data: Any = step(*(p.data for p in parents))
             if isinstance(data, Tensor):
-                return Paths(data, exponent, **self._history(flow, parents, step))
+                paths = Paths(data, exponent, **self._history(flow, parents, step))
+                if len(parents) > 1:
+                    self._sums.append(paths)
+                if len(self._sums) > self._remembered:
+                    self._sums.popleft().forget()
+                return paths
             pieces = [lambda *s, i=i: step(*s)[i] for i, _ in enumerate(data)]
             return [
                 Paths(d, exponent, **self._history(flow, parents, piece))
@@ -235,7 +256,8 @@ class Tracer(TorchFunctionMode):
         return [self._later(replace(flow, fn=lambda *s, i=i: flow.fn(*s)[i]), parents) for i, _ in enumerate(out)]
 
     def _later(self, flow: Flow, parents: list[Paths]) -> Paths:
-        in_range = functools.cache(lambda: _in_range(flow, parents))
+        bare = replace(flow, operands=())  # what remembers how it is computed need not remember the values
+        in_range = functools.cache(lambda: _in_range(bare, parents))
 
         def make() -> tuple[Tensor, Exponent]:
             exponent, step = in_range()
@@ -375,7 +397,7 @@ class Tracer(TorchFunctionMode):
 def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
     """The linear map of a rule, with all operands brought to one power of two and the result kept in range."""
     exponent = parents[0].exponent
-    factors: list[Tensor | float] = [1.0] * len(parents)
+    fn, factors = flow.fn, [1.0] * len(parents)
     if any(p.exponent is not exponent for p in parents):
         exponent = largest([p.exponent for p in parents])
         factors = [power_of_two(p.exponent - exponent, p.data) for p in parents]
@@ -388,7 +410,7 @@ def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
 
     def step(*data: Tensor) -> Any:
         same = [d if isinstance(f, float) and f == 1 else d * f for d, f in zip(data, factors, strict=True)]
-        return flow.fn(*same) if weight is None else flow.fn(*same, weight)
+        return fn(*same) if weight is None else fn(*same, weight)
 
     return exponent, step
 
