@@ -47,7 +47,6 @@ from .companions import (
 )
 from .registry import DECOMPOSITIONS, GATE_OPS, READS_INPUT, RULES, SHAPE_OPS, Op
 
-
 _REMEMBERED = 2
 """Sums of activations, such as the ends of residual blocks, whose history is kept: a branch to come starts below."""
 
