@@ -21,7 +21,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 BITS = "bits"
@@ -105,7 +104,7 @@ def _gap_positions(gaps: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
         part = gaps[start : start + PART]
         ends = part != _LONG
         steps = part + ends  # past the pruned ones, and one on if that is a kept weight; 255 at most
-        positions = torch.from_numpy(steps).cumsum(0).numpy()  # in a third of numpy's time
+        positions = np.cumsum(steps, dtype=np.int64)
         positions += last
         last = int(positions[-1])
         yield positions if ends.all() else positions[ends]
