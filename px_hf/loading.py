@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .compact import CompactFile
+from .compact.ahead import Ahead
 from .compact.matching import match
 from .errors import CheckpointError, PxError
 
@@ -80,10 +79,9 @@ def fill(model: nn.Module, file: CompactFile, source: str, *, stored_dtypes: boo
     coded = set(file.pruned)
     pruned = [name for name in first.values() if names[name] in coded]
     pruned.sort(key=lambda name: -expected[name].numel())  # so that no thread is left with a large one at the end
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        decoded = threads.map(load, pruned)
+    with Ahead(load, pruned) as ahead:
         loaded = {name: load(name) for name in first.values() if names[name] not in coded}
-        loaded |= zip(pruned, decoded, strict=True)
+        loaded |= {name: ahead.get(name) for name in pruned}
     model.load_state_dict(loaded | {name: loaded[owner] for name, owner in tied.items()}, assign=True)
     for name, owner in tied.items():
         module, _, leaf = name.rpartition(".")

@@ -32,7 +32,7 @@ def read(folder: Path) -> tuple[dict[str, Stored], dict[str, list[bool]]]:
         about |= entries
 
     decoded, masks = {}, {}
-    room = 2**26 + 4096 * sum((folder / name).stat().st_size for name in names)
+    room = 2**26 + 1024 * sum((folder / name).stat().st_size for name in names)
     for name, (dtype, shape, content) in stored.items():
         if name.endswith(":px_values"):
             assert name.replace(":px_values", ":px_mask") in stored
@@ -54,7 +54,7 @@ def read(folder: Path) -> tuple[dict[str, Stored], dict[str, list[bool]]]:
             size = SIZES[value_dtype]
             room -= math.prod(entry["shape"]) * size
             assert room >= 0
-            mask = decode(entry["coding"], content, math.prod(entry["shape"]))
+            mask = decode(entry["coding"], content, math.prod(entry["shape"]), value_shape[0])
             assert sum(mask) == value_shape[0]
             kept = (values[i : i + size] for i in range(0, len(values), size))
             dense = b"".join(next(kept) if keep else bytes(size) for keep in mask)
@@ -62,9 +62,9 @@ def read(folder: Path) -> tuple[dict[str, Stored], dict[str, list[bool]]]:
     return decoded, masks
 
 
-def decode(coding: str, content: bytes, count: int) -> list[bool]:
+def decode(coding: str, content: bytes, count: int, kept: int) -> list[bool]:
     if coding == "deflated-gaps":
-        gaps = inflate(content, count + count // 255)
+        gaps = inflate(content, kept + count // 255)
         mask, position = [False] * count, 0
         assert gaps[-1:] != b"\xff"
         for gap in gaps:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -105,10 +107,10 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_masks_of_any_length_and_density(count: int, density: float) -> None:
     mask = np.random.default_rng(count).random(count) < density
     coding, payload = encode(mask)
-    parts = list(kept_positions(coding, np.frombuffer(payload, np.uint8), count))
+    parts = list(kept_positions(coding, np.frombuffer(payload, np.uint8), count, int(mask.sum())))
     assert np.array_equal(np.concatenate([*parts, []]), np.flatnonzero(mask))
     if count <= 5000:
-        assert compact_oracle.decode(coding, payload, count) == mask.tolist()
+        assert compact_oracle.decode(coding, payload, count, int(mask.sum())) == mask.tolist()
 
 
 @pytest.mark.parametrize("gap", [254, 255, 256, 509, 510, 511, 2**18 - 1, 2**18, 2**19])
@@ -116,7 +118,7 @@ def test_gaps_around_the_bounds_of_a_byte_and_of_a_part(gap: int) -> None:
     mask = np.zeros(3 * gap + 7, np.bool_)
     mask[[gap, gap + 1, 2 * gap + 2]] = True
     coding, payload = encode(mask)
-    found = np.concatenate([*kept_positions(coding, np.frombuffer(payload, np.uint8), len(mask))])
+    found = np.concatenate([*kept_positions(coding, np.frombuffer(payload, np.uint8), len(mask), 3)])
     assert coding == "deflated-gaps"
     assert found.tolist() == [gap, gap + 1, 2 * gap + 2]
 
@@ -126,8 +128,8 @@ def test_the_example_of_the_specification() -> None:
     for coding, payload in zip(
         CODINGS, (b"\x46", zlib.compress(b"\x46"), zlib.compress(bytes([1, 0, 3]))), strict=True
     ):
-        assert compact_oracle.decode(coding, payload, 8) == kept
-        positions = list(kept_positions(coding, np.frombuffer(payload, np.uint8), 8))
+        assert compact_oracle.decode(coding, payload, 8, 3) == kept
+        positions = list(kept_positions(coding, np.frombuffer(payload, np.uint8), 8, 3))
         assert np.concatenate(positions).tolist() == [1, 2, 6]
 
 
@@ -303,7 +305,9 @@ HOSTILE: dict[str, tuple[Any, ...]] = {
     "inflated bits too short": (*coded(zlib.compress(b"\x46"), "deflated-bits", [9]), "has 1 bytes of bits"),
     "inflated bits too long": (*coded(zlib.compress(b"\x46\0"), "deflated-bits", [8]), "of another length"),
     "a kept weight beyond the end": (*coded(GAPS, "deflated-gaps", [6]), "goes on beyond its 6 weights"),
-    "more gaps than weights": (*coded(zlib.compress(bytes(9)), "deflated-gaps", [8], 9), "of another length"),
+    "more gaps than weights": (*coded(zlib.compress(bytes(9)), "deflated-gaps", [8], 9), "goes on beyond its 8"),
+    "more gaps than values": (*coded(zlib.compress(bytes(4)), "deflated-gaps", [8]), "of another length"),
+    "fewer gaps than values": (*coded(zlib.compress(bytes(2)), "deflated-gaps", [8]), "do not agree"),
     "an unfinished gap": (*coded(zlib.compress(b"\1\0\3\xff"), "deflated-gaps", [800]), "ends within a gap"),
     "no zlib stream": (*coded(b"garbage!", "deflated-gaps", [8]), "not a zlib stream"),
     "half a zlib stream": (*coded(GAPS[:-1], "deflated-gaps", [8]), "of another length"),
@@ -406,6 +410,74 @@ def test_a_bomb_is_not_inflated(coding: str, tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**21
     finally:
         tracemalloc.stop()
+
+
+def test_no_more_gaps_are_inflated_than_there_are_values(tmp_path: Path) -> None:
+    forge(tmp_path, *coded(zlib.compress(bytes(2**24)), "deflated-gaps", [2**24]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match="of another length"):
+            CompactFile.open(tmp_path).masks()
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("where", ["everywhere", "in one layer"])
+def test_one_weight_in_a_thousand_is_enough(where: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    count = 80 * 2**20 // dtype.itemsize  # more than a small file may decode to
+    kept = torch.arange(0, count, 1000) + 7
+    masks = {name: torch.zeros(count, dtype=torch.bool) for name in ("a", "b")}
+    for name in masks if where == "everywhere" else "a":
+        masks[name][kept] = True
+    masks["a"][kept + 1] |= where == "in one layer"
+    state = {name: mask.to(dtype) for name, mask in masks.items()}
+    write_compact(state, Masks(masks), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 2 * len(kept) * (dtype.itemsize + 2) + 1000
+    file = CompactFile.open(tmp_path)
+    assert all(file.tensor(name).equal(tensor) for name, tensor in state.items())
+
+
+PEAK = """
+import resource, sys
+import px_hf as px
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before = peak()
+for folder in sys.argv[1:]:
+    try:
+        px.Masks.from_pretrained(folder)
+    except px.CheckpointError as error:
+        assert "are not opened" in str(error), error
+    else:
+        raise SystemExit("it was loaded")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
+def test_a_small_file_of_a_huge_model_takes_no_memory(tmp_path: Path) -> None:
+    folders = []
+    for number, (content, coding, values) in enumerate(
+        [
+            (b"", "deflated-gaps", 0),
+            (bytes(2**24), "deflated-bits", 0),
+            (bytes([*[255] * 16, 15]) * 2**15, "deflated-gaps", 2**15),  # in every page of the mask one weight
+        ]
+    ):
+        folders.append(tmp_path / str(number))
+        (folders[-1] / "sparse").mkdir(parents=True)
+        tensors, about = coded(zlib.compress(content, 9), coding, [2**27], values)
+        tensors["w:px_values"] = tensors["w:px_values"].half()
+        forge(folders[-1] / "sparse", tensors, about)
+        assert (folders[-1] / "sparse/model.safetensors").stat().st_size < 2**17
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *folders], capture_output=True, text=True, timeout=200, check=True
+    )
+    assert int(done.stdout) < 2**24
 
 
 def test_decoding_takes_the_memory_of_what_it_returns(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 import px_hf as px
+from px_hf.compact import CompactFile
+from px_hf.compact.ahead import Ahead
 from px_hf.compact.quantizer import CompactConfig
 
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
@@ -292,3 +295,53 @@ with warnings.catch_warnings(record=True) as caught:
 assert any("cannot tell this transformers" in str(warning.message) for warning in caught)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+
+
+# --------------------------------------------------------------------------------------------------- decoding ahead
+
+
+def test_each_pruned_tensor_is_decoded_once_and_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = pruned()
+    px.save_pretrained(model, masks, tmp_path / "out")
+    read, calls = CompactFile.tensor, []
+
+    def noted(file: CompactFile, name: str) -> torch.Tensor:
+        calls.append((name, threading.current_thread() is threading.main_thread()))
+        return read(file, name)
+
+    monkeypatch.setattr(CompactFile, "tensor", noted)
+    stock(tmp_path / "out")
+    assert sorted(calls) == sorted((name, False) for name in masks)
+    calls.clear()
+    px.from_pretrained(tmp_path / "out")
+    assert sorted(calls) == sorted((name, name not in masks) for name in model.state_dict())
+
+
+def test_no_more_is_decoded_ahead_than_a_few_a_thread() -> None:
+    begun, started = [], threading.Event()
+
+    def decode(name: str) -> torch.Tensor:
+        begun.append(name)
+        if len(begun) == limit:
+            started.set()
+        if name == "7":
+            raise px.CheckpointError("damaged")
+        return torch.tensor(int(name))
+
+    limit = Ahead.depth * min(8, os.cpu_count() or 1)
+    names = [str(number) for number in range(limit + 40)]
+    with Ahead(decode, names) as ahead:
+        assert started.wait(60)
+        assert sorted(begun, key=int) == names[:limit]
+        assert ahead.get(names[-1]) == limit + 39  # one that is far ahead
+        with pytest.raises(px.CheckpointError, match="damaged"):
+            ahead.get("7")
+        for name in names[:-1]:
+            if name != "7":
+                assert ahead.get(name) == int(name)
+    assert sorted(begun, key=int) == names
+
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="early"), Ahead(decode, names):
+        raise RuntimeError("early")
+    assert threading.active_count() == before

@@ -1,7 +1,7 @@
 """One mask as bytes, in whichever of three codings is smallest: docs/COMPACT_FORMAT.md, section 3.
 
     coding, payload = encode(mask)
-    for positions in kept_positions(coding, payload, mask.size): ...    # ascending, in parts that fit a cache
+    for positions in kept_positions(coding, payload, mask.size, mask.sum()): ...  # ascending, in parts for a cache
 
 | coding          | payload                                                                                |
 |-----------------|----------------------------------------------------------------------------------------|
@@ -45,10 +45,11 @@ def encode(mask: NDArray[np.bool_]) -> tuple[str, bytes]:
     return min(candidates, key=lambda candidate: len(candidate[1]))  # the first of equals, which decodes fastest
 
 
-def kept_positions(coding: str, payload: NDArray[np.uint8], count: int) -> Iterator[NDArray[np.int64]]:
-    """The indices of the kept ones among `count` weights, ascending, in parts.
+def kept_positions(coding: str, payload: NDArray[np.uint8], count: int, kept: int) -> Iterator[NDArray[np.int64]]:
+    """The indices of the `kept` ones among `count` weights, ascending, in parts.
 
-    Takes at most some `count` bytes. Raises ValueError if `payload` is not exactly that of `count` weights.
+    Takes some `count / 8` or `kept + count / 255` bytes at most. Raises ValueError if `payload` is not exactly that
+    of as many weights.
     """
     packed = -(-count // 8)
     if coding == BITS:
@@ -56,13 +57,19 @@ def kept_positions(coding: str, payload: NDArray[np.uint8], count: int) -> Itera
     elif coding == DEFLATED_BITS:
         parts = _bit_positions(_inflate(payload, packed), packed)
     elif coding == DEFLATED_GAPS:
-        parts = _gap_positions(_inflate(payload, count + count // _LONG))
+        parts = _gap_positions(_inflate(payload, kept + count // _LONG))
     else:
         raise ValueError(f"its coding {coding!r} is none of {', '.join(CODINGS)}")
+    found = 0
     for positions in parts:
         if len(positions) and positions[-1] >= count:
             raise ValueError(f"its mask goes on beyond its {count} weights")
+        found += len(positions)
+        if found > kept:
+            break
         yield positions
+    if found != kept:
+        raise ValueError(f"its mask and its {kept} values do not agree on how many weights are kept")
 
 
 def _bit_positions(bits: NDArray[np.uint8], expected: int) -> Iterator[NDArray[np.int64]]:
@@ -96,12 +103,11 @@ def _gap_positions(gaps: NDArray[np.uint8]) -> Iterator[NDArray[np.int64]]:
     for start in range(0, len(gaps), PART):
         part = gaps[start : start + PART]
         ends = part != _LONG
-        positions = part.astype(np.int64)
-        positions += ends  # past the pruned ones, and one on if that is a kept weight
-        np.cumsum(positions, out=positions)
+        steps = part + ends  # past the pruned ones, and one on if that is a kept weight; 255 at most
+        positions = np.cumsum(steps, dtype=np.int64)
         positions += last
         last = int(positions[-1])
-        yield positions[ends]
+        yield positions if ends.all() else positions[ends]
 
 
 def _deflate(content: bytes, strategy: int) -> bytes:

@@ -14,7 +14,8 @@ def match(model: nn.Module, file: CompactFile, prefix: str = "") -> dict[str, st
     `prefix`: the attribute under which a model holds its backbone; the names of the file may have it where those of
     the model lack it, and the other way round. Tied parameters need one of their names in the file.
 
-    Raises CheckpointError if a tensor of the model has none, or its pruned one another shape.
+    Raises CheckpointError if a tensor of the model has none, or its pruned one another shape, or is
+    not of floats.
     """
     tensors = model.state_dict(keep_vars=True)
     found: dict[str, str] = {}
@@ -35,9 +36,10 @@ def match(model: nn.Module, file: CompactFile, prefix: str = "") -> dict[str, st
         )
     pruned = set(file.pruned)
     for name, stored in found.items():
-        if stored in pruned and file.shapes[stored] != list(tensors[name].shape):
+        tensor = tensors[name]
+        if stored in pruned and not (tensor.is_floating_point() and file.shapes[stored] == list(tensor.shape)):
             raise CheckpointError(
-                f"{name!r} is {list(tensors[name].shape)} in {type(model).__name__} and {file.shapes[stored]} in the "
-                "compact copy: config and weights do not belong together."
+                f"{name!r} is {list(tensor.shape)} of {tensor.dtype} in {type(model).__name__} and "
+                f"{file.shapes[stored]} of floats in the compact copy: config and weights do not belong together."
             )
     return found

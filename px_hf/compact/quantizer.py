@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, InvalidArgumentError
 from ..structured.structure import restore_
+from .ahead import Ahead
 from .layout import MASK, QUANT_METHOD, VALUES, VERSION
 from .matching import match
 from .reader import CompactFile
@@ -52,12 +53,20 @@ class CompactQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._file = CompactFile(checkpoint_files or [])
+        file = CompactFile(checkpoint_files or [])
         noted = getattr(model.config, "px", None)
         if isinstance(noted, dict) and "structure" in noted:
             restore_(model, noted["structure"], str(model.config.name_or_path))
-        self._names = match(model, self._file, model.base_model_prefix)
-        self._file.verify_whole()  # what transformers reads by itself
+        names = match(model, file, model.base_model_prefix)
+        file.verify_whole()  # what transformers reads by itself
+        self._pruned, self._expected = set(file.pruned), model.state_dict()
+        first: dict[str, str] = {}
+        for name, stored in names.items():  # of tied parameters transformers asks for one
+            first.setdefault(stored, name)
+        self._ahead = Ahead(
+            lambda name: file.tensor(names[name]).to(self._expected[name].dtype),
+            [name for stored, name in first.items() if stored in self._pruned],
+        )
         self._failure: CheckpointError | None = None
 
     def get_weight_conversions(self) -> list[Any]:
@@ -75,28 +84,28 @@ class CompactQuantizer(HfQuantizer):
                 stored = next(iter(input_dict.values()))
                 device = (stored[0] if isinstance(stored, list) else stored).device
                 name = about["full_layer_name"]
-                return {name: self.hf_quantizer.decode(name, about["model"]).to(device)}
+                return {name: self.hf_quantizer.decoded(name).to(device)}
 
         class OnlyForLoading(WeightConverter):
             def was_used(self) -> bool:  # else transformers would undo it when the model is saved
                 return False
 
-        leaves = sorted({name.rpartition(".")[2] for name in self._file.pruned})
+        leaves = sorted({name.rpartition(".")[2] for name in self._pruned})
         return [OnlyForLoading([leaf + MASK, leaf + VALUES], leaf, [Decode(self)]) for leaf in leaves]
 
-    def decode(self, name: str, model: PreTrainedModel) -> Tensor:
-        """A parameter of `model` from the file, in the dtype of the model."""
-        parameter = model.get_parameter(name)
+    def decoded(self, name: str) -> Tensor:
+        """A parameter of the model from the file, in the dtype of the model."""
         try:
-            return self._file.tensor(self._names[name]).to(parameter.dtype)
+            return self._ahead.get(name)
         except CheckpointError as error:
             # transformers would log it and go on; it is raised when all else is loaded
             self._failure = self._failure or error
-            return torch.empty_like(parameter, device="cpu")
+            return torch.empty_like(self._expected[name], device="cpu")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         failure = self._failure
-        del self._file, self._names, self._failure
+        self._ahead.close()
+        del self._pruned, self._expected, self._ahead, self._failure
         if failure is not None:
             raise failure
 

@@ -141,15 +141,8 @@ class CompactFile:
 
     def _kept(self, name: str) -> Iterator[np.ndarray]:
         """Positions of kept weights, in parts; there are as many as values."""
-        mask, length = self._stored[name + MASK], self._stored[name + VALUES].length or 0
-        used = 0
-        for positions in kept_positions(mask.kind, self._read(name + MASK).numpy(), math.prod(mask.shape)):
-            used += len(positions)
-            if used > length:
-                break
-            yield positions
-        if used != length:
-            raise ValueError(f"its mask and its {length} values do not agree on how many weights are kept")
+        mask, kept = self._stored[name + MASK], self._stored[name + VALUES].length or 0
+        return kept_positions(mask.kind, self._read(name + MASK).numpy(), math.prod(mask.shape), kept)
 
     def _read(self, name: str) -> Tensor:
         stored = self._stored[name]
