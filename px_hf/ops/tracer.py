@@ -396,7 +396,8 @@ class Tracer(TorchFunctionMode):
 def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
     """The linear map of a rule, with all operands brought to one power of two and the result kept in range."""
     exponent = parents[0].exponent
-    fn, factors = flow.fn, [1.0] * len(parents)
+    fn = flow.fn
+    factors: list[Tensor | float] = [1.0] * len(parents)
     if any(p.exponent is not exponent for p in parents):
         exponent = largest([p.exponent for p in parents])
         factors = [power_of_two(p.exponent - exponent, p.data) for p in parents]
