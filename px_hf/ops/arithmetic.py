@@ -65,8 +65,8 @@ def mul(call: Call, x: Any, y: Any) -> Flow:
     if call.has_paths(y):
         x, y = _gating_order(call, x, y)
     if call.has_paths(y) or call.is_gate(y):
-        gate2, credit = call.gate(y), call.credit(y, x)
-        return call.flow(lambda s: _shaped(times(s, gate2, credit), shape), x)
+        gate2 = call.credit(y, x, call.gate(y))
+        return call.flow(lambda s: _shaped(times(s, gate2), shape), x)
     scale = call.scale(y)
     return call.flow(lambda s: _shaped(s if scale is None else s * scale, shape), x)
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, times
+from .call import Call
 from .companions import Flow, Gate, Paths, Source
 from .gates import branch, unit_gain
 from .linear import matrix_product
@@ -35,19 +35,16 @@ MIXED = -1
 """`Paths.gating` of the result of a mixture: it is on the value path."""
 
 
-def _mix(call: Call, pattern: Tensor, credit: Tensor | None, values: Tensor) -> Flow:
-    """``pattern @ values`` with the pattern frozen."""
-    tokens = pattern.shape[-1]
-    squared = call.gate(pattern)
-    if squared is not None and not call.reading.weights:
-        squared = squared * tokens
+def _mix(call: Call, pattern: Tensor, factor: Tensor | None, values: Tensor) -> Flow:
+    """``pattern @ values`` with the pattern frozen; ``factor`` is `Call.credit` of its square."""
+    shape = pattern.shape
+    if factor is not None and not (call.reading.gates and call.reading.weights):
+        factor = factor * shape[-1] if call.reading.gates else factor / shape[-1]
 
     def fn(s: Tensor) -> Tensor:
-        if squared is not None:
-            return times(squared, credit).expand(pattern.shape) @ s
-        if credit is not None:
-            return (credit / tokens).expand(pattern.shape) @ s
-        return s.mean(-2, keepdim=True).expand(*s.shape[:-2], pattern.shape[-2], s.shape[-1])
+        if factor is None:
+            return s.mean(-2, keepdim=True).expand(*s.shape[:-2], shape[-2], s.shape[-1])
+        return factor.expand(shape) @ s
 
     return call.flow(fn, values, gating=MIXED)
 
@@ -94,10 +91,10 @@ def matmul(call: Call, a: Tensor, b: Tensor) -> Flow | Gate:
     if both and call.gating(a) == call.gating(b):
         return _scores(call, torch.matmul, a, b, ([-2], [-1]))
     if isinstance(first, Gate) or (both and call.gating(a) > call.gating(b)):
-        return _mix(call, a, call.credit(a, b), b)
+        return _mix(call, a, call.credit(a, b, call.gate(a)), b)
     if isinstance(second, Gate) or both:
-        credit = call.credit(b, a)
-        flow = _mix(call, b.mT, None if credit is None else credit.mT, a)
+        factor = call.credit(b, a, call.gate(b))
+        flow = _mix(call, b.mT, None if factor is None else factor.mT, a)
         inner = flow.fn
         return call.flow(lambda s: inner(s.mT).mT, a, gating=MIXED)  # type: ignore[union-attr]
     return matrix_product(call, a, b)
@@ -125,12 +122,13 @@ def einsum(call: Call, equation: str, *operands: Any) -> Flow | Gate:
     tokens_mixed = 1
     for axis in set(names[0]) & set(names[1]) - set(result):
         tokens_mixed *= factor.shape[names[1].index(axis)]
-    squared, credit = call.gate(factor), call.credit(factor, stream)
+    squared = call.gate(factor)
     if squared is None:
         squared = torch.full(factor.shape, 1 / tokens_mixed, dtype=call.dtype, device=factor.device)
     elif not call.reading.weights:
         squared = squared * tokens_mixed
-    return call.flow(lambda s: torch.einsum(order, s, times(squared, credit)), stream, gating=MIXED)
+    squared = call.credit(factor, stream, squared)
+    return call.flow(lambda s: torch.einsum(order, s, squared), stream, gating=MIXED)
 
 
 @rule(*variants("softmax"))
@@ -169,14 +167,14 @@ def scaled_dot_product_attention(
             else:
                 logits = logits + attn_mask
         pattern = logits.softmax(-1)
-    credit, trunk = None, call.companion(value)
+    factor, trunk = call.gate(pattern), call.companion(value)
     if call.reading.weights and isinstance(trunk, Paths):
 
         def product(q: Tensor, k: Tensor) -> Tensor:
             return q @ (k.repeat_interleave(groups, -3) if groups > 1 else k).mT
 
-        credit = unit_gain(_scores(call, product, query, key, ([-2], [-2])), trunk)
-    flow = _mix(call, pattern, credit, value)
+        factor = unit_gain(_scores(call, product, query, key, ([-2], [-2])), trunk, factor)
+    flow = _mix(call, pattern, factor, value)
     if groups == 1:
         return flow
     mix = flow.fn

@@ -116,16 +116,17 @@ class Call:
         (None) where gates are not read. 0-dim to full shape, in the dtype of the path sums."""
         return value.detach().to(self.dtype).square() if self.reading.gates else None
 
-    def credit(self, gate: Tensor, value: Tensor) -> Tensor | None:
-        """A factor 1 that hands the flow through ``value`` to the weights that made ``gate``.
+    def credit(self, gate: Tensor, value: Tensor, factor: Tensor | None) -> Tensor | None:
+        """``factor``, which hands the flow through ``value`` on to the weights that made ``gate``.
 
-        See `px_hf.ops.gates`. None where weights are not read. Broadcasts to the shape of ``gate``.
+        See `px_hf.ops.gates`. As it is where weights are not read; 1 where it is None and there is flow to hand on.
+        Broadcasts to the shape of ``gate``.
         """
         if not self.reading.weights:
-            return None
+            return factor
         trunk = self.companion(value)
         assert isinstance(trunk, Paths)
-        return unit_gain(self.companion(gate), trunk)
+        return unit_gain(self.companion(gate), trunk, factor)
 
 
 def times(stream: Tensor, *factors: Tensor | None) -> Tensor:

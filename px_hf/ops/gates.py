@@ -21,37 +21,42 @@ from torch import Tensor
 from .companions import Companion, Gate, Paths
 
 
-def unit_gain(gate: Companion | None, trunk: Paths) -> Tensor | None:
-    """The product of u / stop_gradient(u) over the gate's sources, 1 where u is 0; None if there is nothing to credit.
+def unit_gain(gate: Companion | None, trunk: Paths, factor: Tensor | None = None) -> Tensor | None:
+    """``factor`` times u / stop_gradient(u) of each of the gate's sources (where u is not 0): its value is unchanged.
 
-    ``trunk`` holds the value paths that the gate multiplies.
+    ``trunk`` holds the value paths that the gate multiplies. Without a factor it is 1; None if there is nothing to
+    credit either.
     """
     if isinstance(gate, Paths):  # an activation that acts as a gate is its own source
         sources = [branch(gate, trunk)]
     elif isinstance(gate, Gate):
         sources = [source(trunk) for source in gate.sources]
     else:
-        return None
+        return factor
     credited = [u for u in sources if u.requires_grad]
-    return _Gain.apply(*credited) if credited else None
+    return _Gain.apply(factor, *credited) if credited else factor
 
 
 class _Gain(torch.autograd.Function):
-    """1, in the shape that the given u broadcast to; its gradient in log u is the flow, for each u that is not 0.
+    """The factor, or 1 in the shape that all u broadcast to; its gradient in log u is the flow, for each u not 0.
 
     Written out, for at scale it counts: a pattern has N² entries for each head, and here nothing of that size is
-    computed before backward, or saved beside u.
+    computed before backward, or saved beside u and the factor.
     """
 
     @staticmethod
-    def forward(ctx: Any, *sources: Tensor) -> Tensor:
-        ctx.save_for_backward(*sources)
+    def forward(ctx: Any, factor: Tensor | None, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(factor, *sources)
+        if factor is not None:
+            return factor.view_as(factor)
         shape = torch.broadcast_shapes(*(u.shape for u in sources))
         return sources[0].new_ones(()).expand(shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple((gradients[0].sum_to_size(u.shape) / u).masked_fill_(u == 0, 0) for u in ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *sources = ctx.saved_tensors
+        flow = gradient if factor is None else gradient * factor
+        return None, *((flow.sum_to_size(u.shape) / u).masked_fill_(u == 0, 0) for u in sources)
 
 
 class ForgottenError(Exception):
