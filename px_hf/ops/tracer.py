@@ -81,10 +81,9 @@ class Tracer(TorchFunctionMode):
         self.reading = reading
         self.dtype = dtype
         self.met: list[Tensor] = []
-        self._weights = WeakTensorKeyDictionary()
-        for parameter, weight in weights.items():
-            self._weights[parameter] = weight, parameter._version
         self._companions = WeakTensorKeyDictionary()
+        for parameter, weight in weights.items():
+            self._keep(parameter, weight)
         self._sums: deque[Paths] = deque()
         self._remembered = _REMEMBERED if forget else math.inf
         self._unknown: dict[str, dict[str, None]] = {}
@@ -136,7 +135,7 @@ class Tracer(TorchFunctionMode):
         self._companions[value] = companion, value._version
 
     def _companion(self, value: Tensor) -> Companion | None:
-        found = self._companions.get(value) or self._weights.get(value)
+        found = self._companions.get(value)
         if found is None:
             return None
         companion: Companion
@@ -229,6 +228,7 @@ class Tracer(TorchFunctionMode):
             companion = found[id(operand)]
             assert isinstance(companion, Paths)
             parents.append(companion)
+        flow = replace(flow, operands=())  # what remembers how it was computed need not remember the values
         first = parents[0]
         if flow.scale is not None and isinstance(first, Later) and not first.made and first.flow.channels is not None:
             assert first.flow.weight is not None
@@ -255,8 +255,7 @@ class Tracer(TorchFunctionMode):
         return [self._later(replace(flow, fn=lambda *s, i=i: flow.fn(*s)[i]), parents) for i, _ in enumerate(out)]
 
     def _later(self, flow: Flow, parents: list[Paths]) -> Paths:
-        bare = replace(flow, operands=())  # what remembers how it is computed need not remember the values
-        in_range = functools.cache(lambda: _in_range(bare, parents))
+        in_range = functools.cache(lambda: _in_range(flow, parents))
 
         def make() -> tuple[Tensor, Exponent]:
             exponent, step = in_range()
@@ -396,7 +395,6 @@ class Tracer(TorchFunctionMode):
 def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
     """The linear map of a rule, with all operands brought to one power of two and the result kept in range."""
     exponent = parents[0].exponent
-    fn = flow.fn
     factors: list[Tensor | float] = [1.0] * len(parents)
     if any(p.exponent is not exponent for p in parents):
         exponent = largest([p.exponent for p in parents])
@@ -410,7 +408,7 @@ def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
 
     def step(*data: Tensor) -> Any:
         same = [d if isinstance(f, float) and f == 1 else d * f for d, f in zip(data, factors, strict=True)]
-        return fn(*same) if weight is None else fn(*same, weight)
+        return flow.fn(*same) if weight is None else flow.fn(*same, weight)
 
     return exponent, step
 
