@@ -339,10 +339,11 @@ class Tracer(TorchFunctionMode):
         for tensor in tensors_of((args, kwargs)):
             weight = found.get(id(tensor))
             if isinstance(weight, Weight) and weight.mask is not None and id(tensor) not in masked:
-                mask = weight.mask.to(tensor.dtype)
+                only = weight.path is weight.mask  # then its mask is what paths multiply, as numbers
+                mask = weight.mask.to(tensor.dtype) if only else weight.mask.view(torch.uint8)  # no copy
                 zeroed = tensor.detach() * mask
                 masked[id(tensor)] = zeroed
-                found[id(zeroed)] = Weight(mask if weight.path is weight.mask else weight.path)
+                found[id(zeroed)] = Weight(mask if only else weight.path)
         if not masked:
             return args, kwargs
 
