@@ -9,7 +9,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ class ScoringArguments:
             return criterion
         if not isinstance(criterion, px.PX):
             raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion}.")
-        return px.PX(paths=criterion.paths, power=self.power)
+        return replace(criterion, power=self.power)
 
 
 @dataclass

@@ -138,9 +138,17 @@ def wanda(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 def lamp(weight: Tensor) -> Tensor:
     """W[u]² over the sum of all W[v]² that are not smaller; no two weights may be equal."""
-    squares = [Fraction(w) ** 2 for w in weight.flatten().tolist()]
-    scores = [float(u / sum(v for v in squares if v >= u)) if u else 0.0 for u in squares]
-    return torch.tensor(scores, dtype=torch.float64).view(weight.shape)
+    return _shares([Fraction(w) ** 2 for w in weight.flatten().tolist()]).view(weight.shape)
+
+
+def shares(amounts: Tensor) -> Tensor:
+    """Each amount over the sum of all that are not smaller; no two may be equal, except 0."""
+    return _shares([Fraction(a) for a in amounts.flatten().tolist()]).view(amounts.shape)
+
+
+def _shares(amounts: list[Fraction]) -> Tensor:
+    found = [float(u / sum(v for v in amounts if v >= u)) if u else 0.0 for u in amounts]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def erk_densities(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import criteria_oracles
 import path_enumeration
 import pytest
 import torch
@@ -33,6 +34,7 @@ CRITERIA = [
     px.PX(power=0.25),
     px.PX(paths="active"),
     px.PX(paths="active", power=0.25),
+    px.PX(paths="active", power=0.25, balance=True),
     px.Magnitude(),
     px.Random(),
 ]
@@ -62,6 +64,22 @@ def test_px_equals_the_sum_over_explicit_paths(name: str, paths: str, masked: bo
     for score, oracle in zip(found.values(), expected, strict=True):
         torch.testing.assert_close(score, oracle, rtol=1e-10, atol=1e-12 * float(oracle.max()))
         assert float(oracle.sum()) > 0
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize("paths", ["all", "active"])
+def test_balanced_scores_are_shares_of_what_is_left_of_a_layer(paths: str, masked: bool) -> None:
+    torch.manual_seed(0)
+    make, shape = SMALL["cnn"]
+    model = make().double()
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    masks = prune_some(model) if masked else None
+    plain = px.PX(paths=paths, power=0.5).score(model, [x], masks=masks)
+    found = px.PX(paths=paths, power=0.5, balance=True).score(model, [x], masks=masks)
+    assert found.keys() == plain.keys()
+    for name, score in found.items():
+        torch.testing.assert_close(score, criteria_oracles.shares(plain[name]), rtol=1e-12, atol=0)
+        assert float(score.max()) == 1
 
 
 @pytest.mark.parametrize("paths", ["all", "active"])
@@ -244,6 +262,7 @@ def test_autocast_does_not_round_path_sums() -> None:
     ("make", "message"),
     [
         (lambda: px.PX(paths="some"), "'some'.*'all'"),
+        (lambda: px.PX(balance=1), "balance=1"),
         (lambda: px.PX(power=-1), "power=-1"),
         (lambda: px.PX(power=float("nan")), "power=nan"),
     ],

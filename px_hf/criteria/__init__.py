@@ -18,6 +18,7 @@ from .wanda import Wanda
 CRITERIA: dict[str, Criterion] = {
     "px": PX(),
     "px-active": PX(paths="active", power=0.25),
+    "px-balanced": PX(paths="active", power=0.25, balance=True),
     "magnitude": Magnitude(),
     "lamp": LAMP(),
     "random": Random(),

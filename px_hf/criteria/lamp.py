@@ -45,9 +45,17 @@ class LAMP(Criterion):
 
 def _lamp(weight: Tensor) -> Tensor:
     largest = weight.abs().max().double()
-    square = (weight.double() / torch.where(largest > 0, largest, 1.0)).square().flatten()
-    descending = square.argsort(descending=True, stable=True)
-    sums = square[descending].cumsum(0)
-    scores = torch.empty_like(square)
-    scores[descending] = square[descending] / torch.where(sums > 0, sums, 1.0)
-    return scores.view(weight.shape)
+    return shares((weight.double() / torch.where(largest > 0, largest, 1.0)).square())
+
+
+def shares(amounts: Tensor) -> Tensor:
+    """Each of some non-negative float64 amounts over the sum of those that are not smaller, 0 for 0; in [0, 1].
+
+    Of equal amounts the earlier one counts as the larger.
+    """
+    flat = amounts.flatten()
+    descending = flat.argsort(descending=True, stable=True)
+    sums = flat[descending].cumsum(0)
+    found = torch.empty_like(flat)
+    found[descending] = flat[descending] / torch.where(sums > 0, sums, 1.0)
+    return found.view(amounts.shape)

@@ -59,6 +59,7 @@ from ..ops import ACTIVE, G, H, Weight
 from ..sums import add_, add_up, exact_sum, sum_aligned_
 from ..targets import prunable, unwrap
 from .base import Criterion
+from .lamp import shares
 from .path_network import PathNetwork, PathScores
 
 
@@ -70,22 +71,28 @@ class PX(Criterion):
         paths: ``"all"`` for Eq. 9 of the paper, ``"active"`` for the paths that are active at the data.
         power: how far the flow through a weight may outweigh the weight itself, in [0, ∞): 1 is the
             paper's criterion, 0 is magnitude.
+        balance: divide each score by the sum of those of its layer that are not smaller, as `LAMP` does with
+            θ²: layers are compared by what a weight adds to what is left of its layer, and none is emptied.
 
     Scores are float32 (float64 for a float64 model). They are those of the equation, unless these lie
-    far outside the range of the dtype; then all are multiplied by one power of two.
+    far outside the range of the dtype; then all are multiplied by one power of two. Balanced ones are in [0, 1].
 
     Raises:
-        InvalidArgumentError: an unknown ``paths`` or a negative or non-finite ``power``.
+        InvalidArgumentError: an unknown ``paths``, a negative or non-finite ``power``, a ``balance`` that is
+            no bool.
     """
 
     paths: Literal["all", "active"] = "all"
     power: float = 1.0
+    balance: bool = False
 
     def __post_init__(self) -> None:
         if self.paths not in ("all", "active"):
             raise InvalidArgumentError(f"PX(paths={self.paths!r}): expected 'all' (Eq. 9) or 'active'.")
         if not (math.isfinite(self.power) and self.power >= 0):
             raise InvalidArgumentError(f"PX(power={self.power!r}): expected a finite number ≥ 0.")
+        if not isinstance(self.balance, bool):
+            raise InvalidArgumentError(f"PX(balance={self.balance!r}): expected True or False.")
 
     def score(
         self,
@@ -114,7 +121,8 @@ class PX(Criterion):
             scores = PathScores(network, self.power)
             exponent = (_all_paths if self.paths == "all" else _active_paths)(network, batches, scores.take)
         network.warn_of_left_out()
-        return scores.result(exponent)
+        found = scores.result(exponent)
+        return {name: shares(s.double()).to(s.dtype) for name, s in found.items()} if self.balance else found
 
 
 def _all_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None]) -> int:
@@ -155,8 +163,8 @@ NUMBERS_AT_A_TIME = 5 * 2**18
 the batch size, and a CPU is faster on tensors that it need not ask the system for each time."""
 
 _ACTIVE_ON_CPU = 15 * 2**15
-"""The same of active paths on a CPU (3 such images), whose backward needs all that was computed: fewer at once mask and
-add up the weights more often, more take more memory and no less time. A GPU would idle."""
+"""The same of active paths on a CPU (3 such images), whose backward needs all that was computed: fewer at once mask
+and add up the weights more often, more take more memory and no less time. A GPU would idle."""
 
 
 def _active_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None]) -> int:
