@@ -56,7 +56,15 @@ class _Gain(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         factor, *sources = ctx.saved_tensors
         flow = gradient if factor is None else gradient * factor
-        return None, *((flow.sum_to_size(u.shape) / u).masked_fill_(u == 0, 0) for u in sources)
+        return None, *(_over(flow.sum_to_size(u.shape), u) for u in sources)
+
+
+def _over(flow: Tensor, u: Tensor) -> Tensor:
+    """flow / u, 0 where u is 0."""
+    found = flow / u
+    if u.device.type == "cpu" and u.numel() and float(u.amin()) > 0:  # far cheaper than to compare and to fill
+        return found
+    return found.masked_fill_(u == 0, 0)
 
 
 class ForgottenError(Exception):
