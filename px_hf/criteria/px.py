@@ -162,9 +162,9 @@ NUMBERS_AT_A_TIME = 5 * 2**18
 """A batch goes through in parts of at most so many numbers (8 images of 3 × 224 × 224): memory does not depend on
 the batch size, and a CPU is faster on tensors that it need not ask the system for each time."""
 
-_ACTIVE_ON_CPU = 15 * 2**15
-"""The same of active paths on a CPU (3 such images), whose backward needs all that was computed: fewer at once mask
-and add up the weights more often, more take more memory and no less time. A GPU would idle."""
+_ACTIVE_ON_CPU = 5 * 2**16
+"""The same of active paths on a CPU (2 such images), whose backward needs all that was computed: three take a
+sixth more memory for a twentieth less time. A GPU would idle."""
 
 
 def _active_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None]) -> int:
