@@ -176,7 +176,10 @@ class PathScores:
     @torch.no_grad()
     def take(self, name: str, gradient: Tensor) -> None:
         """``gradient`` is overwritten, as is θ²."""
-        flow = gradient if self._power == 1 else gradient.pow_(self._power)
+        if self._power == 0.25:  # px-active's; five times faster than pow
+            flow = gradient.sqrt_().sqrt_()
+        else:
+            flow = gradient if self._power == 1 else gradient.pow_(self._power)
         self._scores[name] = self._network.squares[name].detach().mul_(flow)
 
     def result(self, exponent: int) -> dict[str, Tensor]:

@@ -33,8 +33,9 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Flow:
         return call.flow(lambda s: torch.ops.aten.threshold_backward(s, call.out, 0), input, gating=ACTIVATED)
     if not call.reading.gates:
         return call.flow(lambda s: s, input, gating=ACTIVATED)
-    is_open = call.out.bool()  # far faster on a CPU than `> 0`
-    return call.flow(lambda s: _Open.apply(s, is_open), input, gating=ACTIVATED)
+    is_open = call.out.bool()  # far faster on a CPU than `> 0`; the output itself may yet be overwritten
+    at_hand = [call.out]  # saves turning `is_open` into numbers the first time, which is now
+    return call.flow(lambda s: _Open.apply(s, at_hand.pop() if at_hand else is_open), input, gating=ACTIVATED)
 
 
 class _Open(torch.autograd.Function):
@@ -70,8 +71,7 @@ def leaky_relu(call: Call, input: Tensor, negative_slope: float = 0.01, inplace:
 def _ratio(out: Tensor, z: Tensor, at_zero: float) -> Tensor:
     """φ(z)/z from what the network computed; at z = 0 the limit. Faster than φ's own formula, and only
     for values in the precision of the path sums."""
-    tiny = 1e-30
-    return (out + at_zero * tiny).div_(z + tiny)
+    return (out / z).nan_to_num_(at_zero)
 
 
 @rule(*variants("gelu"), reads_input=True)
