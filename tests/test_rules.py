@@ -54,6 +54,18 @@ def test_rule_is_linear_and_non_negative(row: Row, reading: str) -> None:
     torch.testing.assert_close(both, one + 3 * two, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("op", [F.gelu, F.silu], ids=["gelu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gates_near_zero_are_their_limit(op, dtype: torch.dtype) -> None:
+    """(φ(z)/z)² with φ(z) = z/2 + O(z²), where φ(z)/z as written is 0/0 or nearly so."""
+    z = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-20, -1e-6, 1e-6], dtype=dtype)
+    with torch.no_grad(), Tracer(nn.Identity(), H, {}, dtype) as tracer:
+        tracer.start(z, torch.ones_like(z))
+        paths = tracer.paths(op(z))
+    assert paths is not None
+    torch.testing.assert_close(paths.data, torch.full_like(z, 0.25), rtol=3e-6, atol=0)
+
+
 def test_every_rule_has_an_oracle() -> None:
     rules = {rule.__name__ for rule in RULES.values()} | {f.__name__ for f in DECOMPOSITIONS.values()}
     assert rules == {row.rule for row in ROWS}
