@@ -402,7 +402,7 @@ def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str)
     scores = [{m: run["scores"] for m, run in r["results"]["dense"].items()} for r in found.values()]
     assert scores[0] == scores[1]
     notes = json.loads((folder / f"of {dense.name}/downstream.json").read_text())["notes"]
-    assert "Pruned by PX(paths='active', power=0.25) in 1 rounds on 14 images of train." in notes
+    assert "Pruned by PX(paths='active', power=0.25, balance=False) in 1 rounds on 14 images of train." in notes
 
 
 def test_without_its_parent_a_pruned_model_stands_alone(folder: Path) -> None:
