@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UnsupportedOpError
 from ..modes import full_precision
+from .bystanders import name_of, of_gates, of_parameters, reshaped
 from .call import Call
 from .companions import (
     UNKNOWN,
@@ -38,14 +39,14 @@ from .companions import (
     Linear,
     Paths,
     Reading,
-    Source,
     Weight,
     excess,
     largest,
     power_of_two,
     scaled,
 )
-from .registry import DECOMPOSITIONS, GATE_OPS, READS_INPUT, RULES, SHAPE_OPS, Op
+from .nested import tensors_of, with_tensors
+from .registry import DECOMPOSITIONS, READS_INPUT, RULES, SHAPE_OPS, Op
 
 _REMEMBERED = 2
 """Sums of activations, such as the ends of residual blocks, whose history is kept: a branch to come starts below."""
@@ -197,7 +198,7 @@ class Tracer(TorchFunctionMode):
         rule = RULES.get(op)
         unknown = type(UNKNOWN) in kinds
         if rule is None and (alive or unknown):
-            return self._record(_name(op))
+            return self._record(name_of(op))
         if unknown:
             return UNKNOWN
         if self.reading.weights and (alive or Gate in kinds):
@@ -208,18 +209,21 @@ class Tracer(TorchFunctionMode):
             try:
                 result = rule(call, *args, **kwargs)
             except NotImplementedError as error:
-                return self._record(f"{_name(op)} with {error}")
+                return self._record(f"{name_of(op)} with {error}")
             except TypeError as error:  # an argument that the rule does not know
-                return self._record(f"{_name(op)}: {error}")
+                return self._record(f"{name_of(op)}: {error}")
             return self._run(op, out, result, found) if isinstance(result, Flow) else result
         if op in SHAPE_OPS:
             assert rule is not None
             flow = rule(call, *args, **kwargs)
             assert isinstance(flow, Flow)
-            return self._reshaped(flow, found, out)
+            return reshaped(call, flow)
         if Gate in kinds:
-            return self._of_gates(call, found, args, kwargs)
-        return Derived(_name(op), self._origin(found, (args, kwargs), out))
+            try:
+                return of_gates(call, args, kwargs)
+            except NotImplementedError as error:
+                return self._record(f"{name_of(op)} with {error}")
+        return of_parameters(call, (args, kwargs))
 
     def _run(self, op: Op, out: Any, flow: Flow, found: Mapping[int, Companion]) -> Companion | list[Companion]:
         """Apply a rule's linear map to the path sums of its operands, or note that it is to be applied."""
@@ -268,67 +272,6 @@ class Tracer(TorchFunctionMode):
         known: dict[str, Any] = {"weighted": flow.weight is not None, "sliced": flow.sliced, "gating": flow.gating}
         return known | {"parents": tuple(parents), "replay": step} if self.reading.weights else known
 
-    def _reshaped(self, flow: Flow, found: Mapping[int, Companion], out: Any) -> Companion | list[Companion] | None:
-        """A parameter, or a gate, whose entries are only moved about."""
-        companions = [found.get(id(operand)) for operand in flow.operands]
-        one = companions[0]
-        if all(isinstance(c, Weight) for c in companions):
-            moved = flow.fn(*(self._path_of(operand, found) for operand in flow.operands))
-            return Weight(moved) if isinstance(moved, Tensor) else [Weight(m) for m in moved]
-        if len(companions) == 1 and isinstance(one, Gate):
-            shape = flow.operands[0].shape
-            if isinstance(out, Tensor):
-                return Gate(tuple(_moved(source, shape, flow.fn) for source in one.sources), one.product)
-            pieces = [lambda u, i=i: flow.fn(u)[i] for i, _ in enumerate(tensors_of(out))]
-            return [Gate(tuple(_moved(s, shape, piece) for s in one.sources), one.product) for piece in pieces]
-        if any(isinstance(c, Gate) for c in companions):
-            gates = [c for c in companions if isinstance(c, Gate)]
-            return Gate(tuple(s for c in gates for s in c.sources), any(c.product for c in gates))
-        if len(companions) == 1 and isinstance(one, Derived) and one.path is not None and isinstance(out, Tensor):
-            moved = flow.fn(one.path)
-            assert isinstance(moved, Tensor)
-            return Derived(one.name, moved)
-        return Derived("a mixture of parameters and constants")
-
-    def _of_gates(
-        self, call: Call, found: Mapping[int, Companion], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Companion:
-        """What an operation makes of gates, which is a gate too.
-
-        Those that the result cannot be broadcast from, as in a sum over a pattern, are mere statistics.
-        """
-        gates = {id(t): t for t in tensors_of((args, kwargs)) if isinstance(found.get(id(t)), Gate)}
-        product = any(c.product for c in found.values() if isinstance(c, Gate))
-        sources: dict[Source, None] = {}
-        for key, value in gates.items():
-            gate = found[key]
-            assert isinstance(gate, Gate)
-            if call.op in GATE_OPS:
-                try:
-                    flow = RULES[call.op](call, *args, **kwargs)
-                except NotImplementedError as error:
-                    return self._record(f"{_name(call.op)} with {error}")
-                assert isinstance(flow, Flow)
-                weight = () if flow.weight is None else (flow.weight,)
-                mix = lambda u, fn=flow.fn, weight=weight: fn(u, *weight)  # noqa: E731
-                sources |= dict.fromkeys(_moved(source, value.shape, mix) for source in gate.sources)
-            elif isinstance(call.out, Tensor) and _broadcasts(value.shape, call.out.shape):
-                sources |= dict.fromkeys(gate.sources)
-        return Gate(tuple(sources), product)
-
-    def _origin(self, found: Mapping[int, Companion], operands: Any, out: Any) -> Tensor | None:
-        """The path of the one parameter that has the shape of ``out``, if there is just one."""
-        if not isinstance(out, Tensor):
-            return None
-        same = {id(t): t for t in tensors_of(operands) if id(t) in found and t.shape == out.shape}
-        return self._path_of(next(iter(same.values())), found) if len(same) == 1 else None
-
-    def _path_of(self, value: Tensor, found: Mapping[int, Companion]) -> Tensor | None:
-        weight = found[id(value)]
-        if isinstance(weight, Weight) and weight.path is None:
-            return torch.ones((), dtype=self.dtype, device=value.device).expand(value.shape)
-        return weight.path if isinstance(weight, (Weight, Derived)) else None
-
     # ------------------------------------------------------------------------------- bookkeeping
 
     def _with_masks(
@@ -340,20 +283,15 @@ class Tracer(TorchFunctionMode):
             weight = found.get(id(tensor))
             if isinstance(weight, Weight) and weight.mask is not None and id(tensor) not in masked:
                 path = weight.mask.to(tensor.dtype) if weight.path is weight.mask else weight.path
-                zeroed = _zeroed(tensor.detach(), weight.mask, path)
-                masked[id(tensor)] = zeroed
-                found[id(zeroed)] = Weight(path)
+                masked[id(tensor)] = zeroed(tensor.detach(), weight.mask, path)
+                found[id(masked[id(tensor)])] = Weight(path)
         if not masked:
             return args, kwargs
 
-        def replace(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return masked.get(id(value), value)
-            if isinstance(value, (list, tuple)) and any(True for _ in tensors_of(value)):
-                return type(value)(replace(v) for v in value)
-            return value
-
-        return tuple(replace(a) for a in args), {k: replace(v) for k, v in kwargs.items()}
+        return (
+            tuple(with_tensors(a, masked) for a in args),
+            {k: with_tensors(v, masked) for k, v in kwargs.items()},
+        )
 
     def _attach(self, out: Any, result: Companion | Sequence[Companion] | None) -> None:
         tensors = list(filter(_has_values, tensors_of(out)))
@@ -413,29 +351,17 @@ def _in_range(flow: Flow, parents: Sequence[Paths]) -> tuple[Exponent, Linear]:
     return exponent, step
 
 
-def _zeroed(value: Tensor, mask: Tensor, path: Tensor | None) -> Tensor:
+def zeroed(value: Tensor, mask: Tensor, path: Tensor | None) -> Tensor:
     """``value * mask``. Where |θ|^order is 0, so may θ be: one pass over memory, half the time."""
     if path is not None and path.dtype == value.dtype:
-        zeroed: Tensor = torch.ops.aten.threshold_backward(value, path.detach(), 0)
-        return zeroed
+        result: Tensor = torch.ops.aten.threshold_backward(value, path.detach(), 0)
+        return result
     return value * mask
-
-
-def _name(op: Callable[..., Any]) -> str:
-    return resolve_name(op) or getattr(op, "__qualname__", None) or repr(op)
-
-
-def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
-    return lambda trunk: fn(source(trunk).expand(shape))
 
 
 def _has_values(value: Tensor) -> bool:
     """Whether paths may lead to ``value``; not to a mask, or to the indices of a maximum."""
     return value.is_floating_point() or value.is_complex()
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _in_place(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -451,15 +377,3 @@ def _in_place(op: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     except (TypeError, ValueError):
         return False
     return bool(bound.arguments.get("inplace"))
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item)

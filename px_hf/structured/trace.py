@@ -32,9 +32,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import RULES
+from ..ops.nested import tensors_of
 from ..ops.pooling import INDEXED
 from ..ops.registry import Rule
-from ..ops.tracer import tensors_of
 
 Role = Literal["rows", "columns", "along"]
 
