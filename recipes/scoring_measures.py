@@ -24,6 +24,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 import px_hf as px
 from px_hf.batches import Inputs
 from px_hf.criteria.px import NUMBERS_AT_A_TIME
+from px_hf.ops.tracer import zeroed
 from px_hf.select import select_step
 
 VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -175,7 +176,7 @@ def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rou
 
     def mask_all() -> None:
         for name, kept in masks.items():
-            parameters[name].detach() * kept.to(parameters[name].dtype)
+            zeroed(parameters[name].detach(), kept, kept.to(parameters[name].dtype))
 
     masking = statistics.median(seconds(mask_all, device) for _ in range(3)) * parts * (rounds - 1)
     first, *later = criterion.spent

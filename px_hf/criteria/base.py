@@ -61,4 +61,4 @@ class Criterion(ABC):
 def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
     """``weight`` with its pruned entries at zero, detached."""
     weight = weight.detach()
-    return weight if mask is None else torch.where(mask.to(weight.device), weight, weight.new_zeros(()))
+    return weight if mask is None else torch.where(mask.to(weight.device), weight, 0.0)
