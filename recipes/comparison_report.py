@@ -90,7 +90,42 @@ def markdown(lines: Iterable[Line]) -> str:
                 costs = [line["forward_units"] for line in here if _method(line) == method]
                 parts.append(f"| {method} | {' | '.join(cells)} | {max(costs):,.0f} |")
             parts.append("")
-    return "\n".join(parts)
+    return "\n".join(parts + [text for measure in MEASURES if (text := _over_all(lines, measure))])
+
+
+def _over_all(lines: Sequence[Line], measure: str) -> str:
+    """One row for each method that has every cell: what a default is chosen by. Empty if fewer than two have, or if
+    there is one cell only.
+
+    A cell is a (model, task) at a sparsity; of its seeds those count that all of these methods have.
+    """
+    found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for line in lines:
+        if line["key"]["sparsity"] > 0 and line.get(measure) is not None:
+            cell = found.setdefault((_task(line), line["key"]["sparsity"]), {})
+            cell.setdefault(_method(line), {})[line["key"]["seed"]] = line[measure]
+    methods = [m for m in _in_order(lines, _method) if all(m in cell for cell in found.values())]
+    means: list[dict[str, float]] = []
+    for cell in found.values():
+        seeds = set.intersection(*(set(cell[m]) for m in methods)) if methods else set()
+        if seeds:
+            means.append({m: 100 * statistics.mean(cell[m][seed] for seed in sorted(seeds)) for m in methods})
+    if len(methods) < 2 or len(means) < 2:
+        return ""
+    best = [max(cell.values()) for cell in means]
+    text = [
+        f"### Over all tasks and sparsities, {MEASURES[measure]}\n",
+        f"Means over {len(means)} cells (model, task and sparsity), in percent points, over seeds that all methods "
+        "have. Rank 1 is the best of a cell.\n",
+        "| method | accuracy | rank | behind the best, mean | largest |",
+        "|---|---|---|---|---|",
+    ]
+    for method in sorted(methods, key=lambda m: -statistics.mean(cell[m] for cell in means)):
+        ranks = [1 + sum(other > cell[method] for other in cell.values()) for cell in means]
+        gaps = [top - cell[method] for top, cell in zip(best, means, strict=True)]
+        figures = [statistics.mean(values) for values in ([cell[method] for cell in means], ranks, gaps)]
+        text.append(f"| {method} | {' | '.join(f'{f:.1f}' for f in figures)} | {max(gaps):.1f} |")
+    return "\n".join([*text, ""])
 
 
 def plot(lines: Iterable[Line], path: Path) -> None:

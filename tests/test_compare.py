@@ -71,7 +71,7 @@ def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> Non
     assert (folder / "whole" / "comparison.png").stat().st_size > 10_000
     table = (folder / "whole" / "results.md").read_text()
     assert "### backbone on digits, fine-tuned" in table
-    assert table.count("| snip:rounds=1 |") == 2
+    assert table.count("| snip:rounds=1 |") == 4  # fine-tuned and not, and once more over both sparsities
     values = [100 * of["magnitude", 0.9, seed]["fine_tuned"] for seed in (0, 1)]
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in table
 
@@ -285,3 +285,23 @@ def test_mean_and_spread() -> None:
     assert comparison_report.mean_and_spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
     assert comparison_report.mean_and_spread([0.123]) == "12.3"
     assert comparison_report.mean_and_spread([]) == ""
+
+
+def test_over_all_tasks_and_sparsities() -> None:
+    """Two methods have every cell, the third one does not; seed 1 of one cell is not shared and does not count."""
+
+    def line(method: str, dataset: str, sparsity: float, seed: int, accuracy: float) -> dict[str, Any]:
+        key = {"method": method, "model": "m", "dataset": dataset, "sparsity": sparsity, "seed": seed}
+        return {"key": {**key, "report_on": "test"}, "fine_tuned": accuracy, "forward_units": 1.0}
+
+    found = [
+        line("dense", "a", 0.0, 0, 0.99),
+        *(line("magnitude", "a", 0.5, 0, 0.8), line("lamp", "a", 0.5, 0, 0.6), line("lamp", "a", 0.5, 1, 0.99)),
+        *(line("magnitude", "b", 0.9, 0, 0.3), line("lamp", "b", 0.9, 0, 0.4)),
+        line("wanda", "a", 0.5, 0, 0.9),
+    ]
+    text = comparison_report.markdown(found)
+    assert text.count("Over all tasks and sparsities, fine-tuned") == 1
+    rows = [row for row in text.partition("Over all tasks")[2].splitlines() if row.startswith("| ")][1:]
+    assert rows == ["| magnitude | 55.0 | 1.5 | 5.0 | 10.0 |", "| lamp | 50.0 | 1.5 | 10.0 | 20.0 |"]
+    assert "Over all" not in comparison_report.markdown(found[:3])
