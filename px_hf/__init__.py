@@ -57,9 +57,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from .export import export_onnx
     from .finetune import KeepMasks, keep_masks
-    from .hub import from_pretrained, save_pretrained
     from .kernels import accelerate_24_, accelerate_csr_
+    from .loading import from_pretrained
     from .push import push_to_hub
+    from .saving import save_pretrained
     from .structured.shrink import shrink
 
 _register()
@@ -70,9 +71,9 @@ _LAZY = {
     "accelerate_csr_": "kernels",
     "export_onnx": "export",
     "keep_masks": "finetune",
-    "from_pretrained": "hub",
+    "from_pretrained": "loading",
     "push_to_hub": "push",
-    "save_pretrained": "hub",
+    "save_pretrained": "saving",
     "shrink": "structured.shrink",
 }
 """Names that are loaded when first used: most need transformers, which takes seconds to import."""

@@ -26,8 +26,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .card import TAGS
 from .errors import CheckpointError, InvalidArgumentError, TargetError
-from .hub import save_pretrained
 from .masks import MASKS_FILE, Masks
+from .saving import save_pretrained
 from .targets import unwrap
 
 

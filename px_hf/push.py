@@ -44,10 +44,10 @@ from torch import nn
 from .card import CARD_FILE, PLOT_FILE, is_unedited, model_card
 from .distributed import processes
 from .errors import HubError, InvalidArgumentError
-from .hub import save_pretrained
 from .masks import Masks
 from .plots import plot_layer_sparsity
 from .report import Report, report
+from .saving import save_pretrained
 from .targets import unwrap
 from .version import __version__
 

@@ -8,7 +8,7 @@ from arguments import ModelArguments
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import px_hf as px
-from px_hf.hub import OF_MASKS
+from px_hf.saving import OF_MASKS
 from px_hf.timm_models import WRAPPER_PREFIX
 
 

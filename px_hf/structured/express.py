@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..batches import Inputs, run
+from ..empty_model import build_empty
 from ..errors import CheckpointError
-from ..loading import build_empty
 from ..modes import evaluating
 from .heads import agree
 from .structure import other_integers, other_shapes
