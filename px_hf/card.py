@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .errors import InvalidArgumentError
-from .masks import MASKS_FILE
+from .masks_file import MASKS_FILE
 from .report import Report
 
 CARD_FILE = "README.md"

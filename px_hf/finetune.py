@@ -26,7 +26,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .card import TAGS
 from .errors import CheckpointError, InvalidArgumentError, TargetError
-from .masks import MASKS_FILE, Masks
+from .masks import Masks
+from .masks_file import MASKS_FILE
 from .saving import save_pretrained
 from .targets import unwrap
 

@@ -6,33 +6,25 @@
     masks.save("masks.safetensors")
     masks == Masks.load("masks.safetensors")
 
-The file is one safetensors file. For each mask it holds a uint8 tensor of the mask's name with one bit
-a weight, 1 = kept: weight i of the flattened (row-major) mask is bit `i % 8`, counted from the least
-significant, of byte `i // 8`; unused bits of the last byte are 0. The metadata entry "px_hf.masks" is
-JSON: {"version": 1, "shapes": [[name, [size, ...]], ...]} in the order of the masks.
+The file is described in `px_hf.masks_file`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from . import masks_file
 from .errors import CheckpointError, InvalidArgumentError, TargetError
-
-MASKS_FILE = "masks.safetensors"
-_METADATA = "px_hf.masks"
-_VERSION = 1
+from .masks_file import MASKS_FILE
 
 
 class Masks(Mapping[str, Tensor]):
@@ -124,7 +116,7 @@ class Masks(Mapping[str, Tensor]):
         for name in sorted(self._tensors):
             mask = self._tensors[name]
             digest.update(json.dumps([name, list(mask.shape)]).encode())
-            digest.update(_pack(mask).tobytes())
+            digest.update(masks_file.pack(mask).tobytes())
         return digest.hexdigest()
 
     def match(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -189,11 +181,7 @@ class Masks(Mapping[str, Tensor]):
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shapes = [[name, list(mask.shape)] for name, mask in self._tensors.items()]
-        content = to_safetensors(
-            {name: _pack(mask) for name, mask in self._tensors.items()},
-            metadata={_METADATA: json.dumps({"version": _VERSION, "shapes": shapes})},
-        )
+        content = masks_file.written(self._tensors)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             unfinished.write_bytes(content)
@@ -214,21 +202,7 @@ class Masks(Mapping[str, Tensor]):
                 f"There is no masks file {path}. Masks.save() and px_hf.save_pretrained() write one."
             )
         try:
-            with safe_open(path, framework="numpy") as file:
-                shapes = _read_shapes(file.metadata())
-                if set(file.keys()) != shapes.keys():
-                    raise ValueError("its tensors are not those that its metadata lists")
-                masks = {}
-                for name, shape in shapes.items():
-                    stored = file.get_slice(name)
-                    expected = [-(-math.prod(shape) // 8)]
-                    if stored.get_dtype() != "U8" or stored.get_shape() != expected:
-                        raise ValueError(
-                            f"{name!r} of shape {shape} is stored as {stored.get_dtype()} "
-                            f"{stored.get_shape()}, expected U8 {expected}"
-                        )
-                    masks[name] = _unpack(file.get_tensor(name), shape)
-            return cls(masks)
+            return cls(masks_file.read(path))
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} is not a whole file of masks: {error}. Save it again with Masks.save()."
@@ -281,47 +255,3 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-
-
-def _pack(mask: Tensor) -> np.ndarray:
-    return np.packbits(mask.reshape(-1).numpy(), bitorder="little")
-
-
-def _unpack(bits: np.ndarray, shape: list[int]) -> Tensor:
-    unpacked = np.unpackbits(bits, bitorder="little")
-    count = math.prod(shape)
-    if unpacked[count:].any():
-        raise ValueError("bits beyond the last weight are set")
-    return torch.from_numpy(unpacked[:count].view(np.bool_)).reshape(shape)
-
-
-def _read_shapes(metadata: Mapping[str, str] | None) -> dict[str, list[int]]:
-    """The checked content of the metadata entry; ValueError says what is wrong with it."""
-    if metadata is None or _METADATA not in metadata:
-        raise ValueError(f"its metadata has no entry {_METADATA!r}")
-    try:
-        content = json.loads(metadata[_METADATA])
-    except RecursionError:
-        raise ValueError("its metadata is nested too deeply") from None
-    if not isinstance(content, dict) or type(content.get("version")) is not int:
-        raise ValueError("its metadata states no format version")
-    if content["version"] != _VERSION:
-        raise ValueError(
-            f"it is of format version {content['version']}, and this px_hf knows {_VERSION}: upgrade px_hf"
-        )
-    shapes: dict[str, list[int]] = {}
-    entries = content.get("shapes")
-    for entry in entries if isinstance(entries, list) else [None]:
-        match entry:
-            case [str(name), list(shape)] if len(shape) <= 64 and all(map(_is_size, shape)):
-                if name in shapes:
-                    raise ValueError(f"its metadata lists {name!r} twice")
-                shapes[name] = shape
-            case _:
-                shown = str(entry)[:80]
-                raise ValueError(f"its metadata lists {shown!r} where [name, [size, ...]] is expected")
-    return shapes
-
-
-def _is_size(size: object) -> bool:
-    return type(size) is int and 0 <= size < 2**48

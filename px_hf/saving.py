@@ -36,7 +36,8 @@ from .compact import write_compact
 from .compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
 from .empty_model import build_empty
 from .errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
-from .masks import MASKS_FILE, Masks
+from .masks import Masks
+from .masks_file import MASKS_FILE
 from .structured.structure import structure_of
 from .targets import unwrap
 from .version import __version__, commit

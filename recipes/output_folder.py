@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 import px_hf as px
-from px_hf.masks import MASKS_FILE
+from px_hf.masks_file import MASKS_FILE
 
 FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 """Files of a saved model; any of them says that the folder is taken."""
