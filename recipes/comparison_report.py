@@ -129,41 +129,44 @@ def _over_all(lines: Sequence[Line], measure: str) -> str:
 
 
 def plot(lines: Iterable[Line], path: Path) -> None:
-    """Accuracy against sparsity, one panel for each task and measure; bars are the standard deviation over seeds."""
+    """Accuracy against sparsity, a panel for each task and measure; bars are the standard deviation over seeds."""
     lines = list(lines)
     tasks = _in_order(lines, _task)
     measures = [m for m in MEASURES if any(line.get(m) is not None for line in lines)]
     methods = [m for m in _in_order(lines, _method) if m != "dense"]
-    figure = Figure(figsize=(5.4 * len(measures) + 2.2, 3.9 * len(tasks) + 0.3), dpi=120, layout="constrained")
-    grid = figure.subplots(len(tasks), len(measures), squeeze=False)
+    panels = [(task, measure) for task in tasks for measure in measures]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.4 * columns + 2.2, 3.9 * rows + 0.3), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
     handles: dict[str, Any] = {}
-    for row, task in zip(grid, tasks, strict=True):
+    for (task, measure), axes in zip(panels, grid, strict=False):
         here = [line for line in lines if _task(line) == task]
         sparsities = sorted({s for line in here if (s := line["key"]["sparsity"]) > 0})
-        for axes, measure in zip(row, measures, strict=True):
-            dense = _values(here, "dense", 0.0, measure)
-            if dense:
-                handles["dense"] = axes.axhline(
-                    100 * statistics.mean(dense), color="0.55", linestyle="--", linewidth=1
-                )
-            for index, method in enumerate(methods):
-                found = [(_place(s), v) for s in sparsities if (v := _values(here, method, s, measure))]
-                handles[method] = axes.errorbar(
-                    [x for x, _ in found],
-                    [100 * statistics.mean(v) for _, v in found],
-                    [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in found],
-                    color=_COLOURS[index % len(_COLOURS)],
-                    marker=_MARKERS[index // len(_COLOURS) % len(_MARKERS)],
-                    markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
-                )  # fmt: skip
-            axes.xaxis.set_major_locator(FixedLocator([_place(s) for s in sparsities]))
-            names = {_place(s): f"{100 * s:g}" for s in sparsities}
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, names=names: names.get(x, "")))
-            axes.set_title(f"{task[0]} on {task[1]}\n{MEASURES[measure]}", fontsize=9)
-            axes.set_xlabel("sparsity in %")
-            axes.set_ylabel(f"accuracy in % ({here[0]['key']['report_on']})")
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+        dense = _values(here, "dense", 0.0, measure)
+        if dense:
+            handles["dense"] = axes.axhline(100 * statistics.mean(dense), color="0.55", linestyle="--", linewidth=1)
+        for index, method in enumerate(methods):
+            found = [(_place(s), v) for s in sparsities if (v := _values(here, method, s, measure))]
+            drawn = axes.errorbar(
+                [x for x, _ in found],
+                [100 * statistics.mean(v) for _, v in found],
+                [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in found],
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index // len(_COLOURS) % len(_MARKERS)],
+                markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
+            )  # fmt: skip
+            handles.setdefault(method, drawn)
+        axes.xaxis.set_major_locator(FixedLocator([_place(s) for s in sparsities]))
+        names = {_place(s): f"{100 * s:g}" for s in sparsities}
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, names=names: names.get(x, "")))
+        axes.set_title(f"{task[0]} on {task[1]}\n{MEASURES[measure]}", fontsize=9)
+        axes.set_xlabel("sparsity in %")
+        axes.set_ylabel(f"accuracy in % ({here[0]['key']['report_on']})")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid:  # what is left of the last row
+        axes.set_visible(False)
     figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False, fontsize=8)
     FigureCanvasAgg(figure)
     unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
