@@ -93,6 +93,24 @@ def test_batchnorm_in_the_product_before_it(reading, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found, sums(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_backward_is_left_one_pattern_a_layer(implementation: str) -> None:
+    """The squared one that path sums are multiplied by: the flows to queries and keys are made when they are needed."""
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, num_labels=5,
+                       image_size=32, patch_size=4, attn_implementation=implementation)  # fmt: skip
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] == (65, 65):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        px.PX(paths="active").score(ViTForImageClassification(config).eval(), [torch.randn(2, 3, 32, 32)])
+    assert len(kept) == 3
+
+
 def test_queries_and_keys_have_no_path_sums_in_h(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("hf vit")
     made: list[tuple[int, ...]] = []

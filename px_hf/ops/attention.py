@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call
-from .companions import Flow, Gate, Paths, Source
+from .companions import Flow, Gate, Paths, Source, Upstream
 from .gates import branch, unit_gain
 from .linear import matrix_product
 from .registry import decomposition, rule, variants
@@ -65,20 +65,21 @@ def _scores(
     factors = [(call.companion(value), value) for value in (query, key)]
     if not call.reading.gates:
 
-        def source(trunk: Paths) -> Tensor:
+        def source(trunk: Paths) -> Upstream:
             q, k = (
                 (branch(p, trunk) if isinstance(p, Paths) else torch.ones_like(value, dtype=call.dtype))
                 for p, value in factors
             )
-            return product(*(f.mean(t, keepdim=True) if t else f for f, t in zip((q, k), tokens, strict=True)))
+            means = (f.mean(t, keepdim=True) if t else f for f, t in zip((q, k), tokens, strict=True))
+            return Upstream(product, tuple(means))
 
         return Gate((source,), product=True)
     sources: list[Source] = []
     (q, query2), (k, key2) = [(p, value.to(call.dtype).square()) for p, value in factors]
     if isinstance(q, Paths):
-        sources.append(lambda trunk: product(branch(q, trunk), key2))
+        sources.append(lambda trunk: Upstream(product, (branch(q, trunk), key2)))
     if isinstance(k, Paths):
-        sources.append(lambda trunk: product(query2, branch(k, trunk)))
+        sources.append(lambda trunk: Upstream(product, (query2, branch(k, trunk))))
     return Gate(tuple(sources), product=True)
 
 
@@ -136,7 +137,7 @@ def softmax(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Gate:
     """Weights that the activations themselves compute, as in attention pooling: a gate."""
     paths = call.companion(input)
     assert isinstance(paths, Paths)
-    return Gate((lambda trunk: branch(paths, trunk),))
+    return Gate((lambda trunk: Upstream(lambda u: u, (branch(paths, trunk),)),))
 
 
 @rule(F.scaled_dot_product_attention)

@@ -57,8 +57,7 @@ def of_gates(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gate:
             flow = RULES[call.op](call, *args, **kwargs)
             assert isinstance(flow, Flow)
             weight = () if flow.weight is None else (flow.weight,)
-            mix = lambda u, fn=flow.fn, weight=weight: fn(u, *weight)  # noqa: E731
-            sources |= dict.fromkeys(_moved(source, value.shape, mix) for source in gate.sources)
+            sources |= dict.fromkeys(_moved(source, value.shape, flow.fn, *weight) for source in gate.sources)
         elif isinstance(call.out, Tensor) and _broadcasts(value.shape, call.out.shape):
             sources |= dict.fromkeys(gate.sources)
     return Gate(tuple(sources), product)
@@ -86,8 +85,8 @@ def _path_of(call: Call, value: Tensor) -> Tensor | None:
     return weight.path if isinstance(weight, (Weight, Derived)) else None
 
 
-def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any]) -> Source:
-    return lambda trunk: fn(source(trunk).expand(shape))
+def _moved(source: Source, shape: torch.Size, fn: Callable[..., Any], *weight: Tensor) -> Source:
+    return lambda trunk: source(trunk).then(lambda u, *w: fn(u.expand(shape), *w), *weight)
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

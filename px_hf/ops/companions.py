@@ -106,7 +106,21 @@ class Later(Paths):
         return self._make is None
 
 
-Source = Callable[[Paths], Tensor]
+@dataclass(frozen=True)
+class Upstream:
+    """Path sums u = ``fn(*inputs)`` that are computed when needed, which for a gate is in backward: those of a
+    pattern have N² entries for each head. All that requires a gradient is in ``inputs``."""
+
+    fn: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+    def then(self, fn: Callable[..., Tensor], *others: Tensor) -> Upstream:
+        """``fn(u, *others)``."""
+        own = len(self.inputs)
+        return Upstream(lambda *all_of: fn(self.fn(*all_of[:own]), *all_of[own:]), self.inputs + others)
+
+
+Source = Callable[[Paths], Upstream]
 """Given the value paths that a gate multiplies: the path sums whose product the gate is."""
 
 

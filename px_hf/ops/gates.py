@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .companions import Companion, Gate, Paths
+from .companions import Companion, Gate, Paths, Upstream
 
 
 def unit_gain(gate: Companion | None, trunk: Paths, factor: Tensor | None = None) -> Tensor | None:
@@ -28,35 +28,46 @@ def unit_gain(gate: Companion | None, trunk: Paths, factor: Tensor | None = None
     credit either.
     """
     if isinstance(gate, Paths):  # an activation that acts as a gate is its own source
-        sources = [branch(gate, trunk)]
+        sources = [Upstream(lambda u: u, (branch(gate, trunk),))]
     elif isinstance(gate, Gate):
         sources = [source(trunk) for source in gate.sources]
     else:
         return factor
-    credited = [u for u in sources if u.requires_grad]
-    return _Gain.apply(factor, *credited) if credited else factor
+    credited = [source for source in sources if any(t.requires_grad for t in source.inputs)]
+    return _Gain.apply(factor, credited, *(t for source in credited for t in source.inputs)) if credited else factor
 
 
 class _Gain(torch.autograd.Function):
     """The factor, or 1 in the shape that all u broadcast to; its gradient in log u is the flow, for each u not 0.
 
     Written out, for at scale it counts: a pattern has N² entries for each head, and here nothing of that size is
-    computed before backward, or saved beside u and the factor.
+    computed before backward, or saved beside the factor.
     """
 
     @staticmethod
-    def forward(ctx: Any, factor: Tensor | None, *sources: Tensor) -> Tensor:
-        ctx.save_for_backward(factor, *sources)
+    def forward(ctx: Any, factor: Tensor | None, sources: list[Upstream], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(factor, *inputs)
+        ctx.parts = [(source.fn, len(source.inputs)) for source in sources]
         if factor is not None:
             return factor.view_as(factor)
-        shape = torch.broadcast_shapes(*(u.shape for u in sources))
-        return sources[0].new_ones(()).expand(shape)
+        shape = torch.broadcast_shapes(*(source.fn(*source.inputs).shape for source in sources))
+        return inputs[0].new_ones(()).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        factor, *sources = ctx.saved_tensors
+        factor, *inputs = ctx.saved_tensors
         flow = gradient if factor is None else gradient * factor
-        return None, *(_over(flow.sum_to_size(u.shape), u) for u in sources)
+        needed = ctx.needs_input_grad[2:]
+        gradients: list[Tensor | None] = [None, None]
+        for fn, count in ctx.parts:
+            at = len(gradients) - 2
+            own = [t.detach().requires_grad_(n) for t, n in zip(inputs[at : at + count], needed[at:], strict=False)]
+            with torch.enable_grad():
+                u = fn(*own)
+            weight = _over(flow.sum_to_size(u.shape), u.detach())
+            found = iter(torch.autograd.grad(u, [t for t in own if t.requires_grad], weight))
+            gradients += [next(found) if t.requires_grad else None for t in own]
+        return tuple(gradients)
 
 
 def _over(flow: Tensor, u: Tensor) -> Tensor:
