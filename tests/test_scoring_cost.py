@@ -95,7 +95,7 @@ def test_batchnorm_in_the_product_before_it(reading, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_backward_is_left_one_pattern_a_layer(implementation: str) -> None:
-    """The squared one that path sums are multiplied by: the flows to queries and keys are made when they are needed."""
+    """The squared one that path sums meet: the flows to queries and keys are made when they are needed."""
     torch.manual_seed(0)
     config = ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, num_labels=5,
                        image_size=32, patch_size=4, attn_implementation=implementation)  # fmt: skip
