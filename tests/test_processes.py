@@ -37,6 +37,8 @@ if fail == "other batches" and dist.get_rank() == 1:
     batches.reverse()
 if fail == "other weights" and dist.get_rank() == 1:
     torch.nn.init.normal_(next(model.parameters()))
+if fail == "channels last":
+    model.to(memory_format=torch.channels_last)
 if fail in ("ddp", "fsdp"):
     import accelerate
     if fail == "ddp":
@@ -89,11 +91,14 @@ ROWS = [
     ("timm resnet", "px.PX('active', power=0.25)", 5, (2,), ""),
     ("cnn", "px.PX()", 3, (4,), ""),  # two batches over four processes: two have none
     ("mlp", "px.PX('active')", 2, (3,), ""),
+    ("hf resnet", "px.PX('active')", 3, (3,), "channels last"),  # the third process has none
     ("hf resnet", "px.PX()", 5, (2,), "ddp"),
 ]
 
 
-@pytest.mark.parametrize(("name", "criterion", "count", "processes", "check"), ROWS, ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(
+    ("name", "criterion", "count", "processes", "check"), ROWS, ids=[f"{row[0]} {row[4]}".strip() for row in ROWS]
+)
 def test_masks_do_not_depend_on_the_number_of_processes(
     name: str, criterion: str, count: int, processes: tuple[int, ...], check: str, tmp_path: Path
 ) -> None:

@@ -183,8 +183,10 @@ def _active_paths(network: PathNetwork, batches: Batches, take: Callable[[str, T
     if reference is None:  # this process has no batch of its own, but must leave out what the others leave out
         part = next(next(inputs_of(batches, network.model)).parts(numbers))
         _add_active_({}, None, network, part, weights, 0)
-    for name, square in network.squares.items():  # in one order on all processes
-        total[name] = total.pop(name) if name in total else torch.zeros_like(square, dtype=torch.float64)
+    for name, square in network.squares.items():  # all of them in one order, for all processes add the same
+        if name not in total:
+            total[name] = torch.zeros(square.shape, dtype=torch.float64, device=square.device)
+        total[name] = total.pop(name)
     exponent = sum_aligned_(total, reference)
     for name in list(total):
         gradient = total.pop(name)
