@@ -3,7 +3,8 @@
     python recipes/compare_criteria.py
 
 compares four criteria on the embedded example in about a minute on one CPU core and without a network, and writes
-outputs/comparison: results.jsonl (a line for each cell), results.md (tables), comparison.png. On real data:
+outputs/comparison: results.jsonl (a line for each cell), results.md (a table for each task, and one over all tasks and
+sparsities), comparison.png. On real data:
 
     python recipes/compare_criteria.py --output_dir outputs/cifar100 --workers 2 \\
         --model_name_or_path models/cifar10_resnet20 --trust_remote_code --dataset_name datasets/cifar100 \\
