@@ -34,7 +34,7 @@ from px_hf.batches import Batches
 from px_hf.criteria import CRITERIA, Criterion
 from px_hf.ops.attention import MIXED
 from px_hf.ops.call import Call, times
-from px_hf.ops.companions import Flow, Gate, Paths
+from px_hf.ops.companions import Flow, Gate, Paths, Upstream
 from px_hf.ops.gates import branch, unit_gain
 
 POLICIES = ("means", "fisher", "spread", "dense")
@@ -98,9 +98,12 @@ def by_means(
     assert isinstance(q, Paths)
     assert isinstance(k, Paths)
     assert isinstance(trunk, Paths)
-    mean = {"dim": -2, "keepdim": True}
-    gate = Gate((lambda t: branch(q, t).mean(**mean) @ branch(k, t).mean(**mean).mT,))
-    credit = unit_gain(gate, trunk)
+
+    def source(trunk: Paths) -> Upstream:
+        means = [branch(p, trunk).mean(-2, keepdim=True) for p in (q, k)]
+        return Upstream(lambda a, b: a @ b.mT, tuple(means))
+
+    credit = unit_gain(Gate((source,)), trunk)
     squared = pattern.to(call.dtype).square()
     return call.flow(lambda s: times(squared, credit) @ s, value, gating=MIXED)
 
