@@ -17,7 +17,7 @@ from px_hf.sums import exact_sum
 HERE = Path(__file__).parent
 
 SCRIPT = """
-import sys, torch, torch.distributed as dist
+import gc, sys, torch, torch.distributed as dist
 import px_hf as px
 from networks import build, images
 torch.set_num_threads(1)
@@ -57,6 +57,8 @@ masks.save(f"{out}/{rank}.safetensors")
 if fail == "count":
     assert sum(sent[4:]) <= 2 * (5 + 1), sent  # after the check that all agree: two rounds
 if dist.is_initialized():
+    del model  # DDP holds the group, whose threads then end with the interpreter: now and then that aborts
+    gc.collect()
     dist.destroy_process_group()
 """
 
