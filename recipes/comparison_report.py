@@ -120,11 +120,11 @@ def _over_all(lines: Sequence[Line], measure: str) -> str:
         "| method | accuracy | rank | behind the best, mean | largest |",
         "|---|---|---|---|---|",
     ]
-    for method in sorted(methods, key=lambda m: -statistics.mean(cell[m] for cell in means)):
-        ranks = [1 + sum(other > cell[method] for other in cell.values()) for cell in means]
+    accuracies = {method: statistics.mean(cell[method] for cell in means) for method in methods}
+    for method, accuracy in sorted(accuracies.items(), key=lambda item: -item[1]):
+        rank = statistics.mean(1 + sum(other > cell[method] for other in cell.values()) for cell in means)
         gaps = [top - cell[method] for top, cell in zip(best, means, strict=True)]
-        figures = [statistics.mean(values) for values in ([cell[method] for cell in means], ranks, gaps)]
-        text.append(f"| {method} | {' | '.join(f'{f:.1f}' for f in figures)} | {max(gaps):.1f} |")
+        text.append(f"| {method} | {accuracy:.1f} | {rank:.1f} | {statistics.mean(gaps):.1f} | {max(gaps):.1f} |")
     return "\n".join([*text, ""])
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .call import Call
 from .companions import Flow, Gate, Paths, Source, Upstream
-from .gates import branch, unit_gain
+from .gates import branch, itself, unit_gain
 from .linear import matrix_product
 from .registry import decomposition, rule, variants
 
@@ -137,7 +137,7 @@ def softmax(call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Gate:
     """Weights that the activations themselves compute, as in attention pooling: a gate."""
     paths = call.companion(input)
     assert isinstance(paths, Paths)
-    return Gate((lambda trunk: Upstream(lambda u: u, (branch(paths, trunk),)),))
+    return Gate((lambda trunk: itself(paths, trunk),))
 
 
 @rule(F.scaled_dot_product_attention)

@@ -28,7 +28,7 @@ def unit_gain(gate: Companion | None, trunk: Paths, factor: Tensor | None = None
     credit either.
     """
     if isinstance(gate, Paths):  # an activation that acts as a gate is its own source
-        sources = [Upstream(lambda u: u, (branch(gate, trunk),))]
+        sources = [itself(gate, trunk)]
     elif isinstance(gate, Gate):
         sources = [source(trunk) for source in gate.sources]
     else:
@@ -80,6 +80,11 @@ def _over(flow: Tensor, u: Tensor) -> Tensor:
 
 class ForgottenError(Exception):
     """A branch leads further up than the history that is left. `Tracer` keeps all of it on request."""
+
+
+def itself(paths: Paths, trunk: Paths) -> Upstream:
+    """`branch` as a source of its own."""
+    return Upstream(lambda u: u, (branch(paths, trunk),))
 
 
 def branch(paths: Paths, trunk: Paths) -> Tensor:
