@@ -46,34 +46,35 @@ from .errors import (
     TargetError,
     UnsupportedOpError,
 )
+from .hub.registration import register as _register
 from .masks import Masks
 from .ops import add_rule
 from .prune import prune
-from .registration import register as _register
 from .report import Report, report
 from .select import select
 from .version import __version__
 
 if TYPE_CHECKING:
     from .export import export_onnx
-    from .finetune import KeepMasks, keep_masks
+    from .hub.loading import from_pretrained
+    from .hub.push import push_to_hub
+    from .hub.saving import save_pretrained
+    from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
-    from .loading import from_pretrained
-    from .push import push_to_hub
-    from .saving import save_pretrained
     from .structured.shrink import shrink
+    from .trainer import KeepMasks
 
 _register()
 
 _LAZY = {
-    "KeepMasks": "finetune",
+    "KeepMasks": "trainer",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
     "export_onnx": "export",
-    "keep_masks": "finetune",
-    "from_pretrained": "loading",
-    "push_to_hub": "push",
-    "save_pretrained": "saving",
+    "from_pretrained": "hub.loading",
+    "keep_masks": "keep",
+    "push_to_hub": "hub.push",
+    "save_pretrained": "hub.saving",
     "shrink": "structured.shrink",
 }
 """Names that are loaded when first used: most need transformers, which takes seconds to import."""

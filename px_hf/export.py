@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Inputs, inputs_of, run
 from .errors import CheckpointError, DependencyError, InvalidArgumentError, OutputExistsError, UnsupportedOpError
-from .modes import evaluating
-from .report import default_example
-from .targets import unwrap
+from .model.example import default_example
+from .model.inputs import Inputs, inputs_of, run
+from .model.modes import evaluating
+from .model.targets import unwrap
 
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _MOST_BYTES = 2**31 - 2**26  # a file is one protobuf message, which ends at 2 GiB

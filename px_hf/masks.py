@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Masks(Mapping[str, Tensor]):
     copies, so nothing done to them changes the masks. Two `Masks` are equal if they hold the same names
     with the same shapes and values, in whatever order.
 
-    Modules of px_hf read `masks._tensors`, the same mapping without the copies; they never write to it.
+    `masks.tensors` is the same mapping without the copies, for those who only read.
 
     Raises InvalidArgumentError if a name is not a string, a mask is not a bool tensor, or there is not
     one weight to mask.
@@ -89,6 +90,11 @@ class Masks(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         counts = f"{self.kept:,} of {self.total:,} weights kept"
         return f"Masks({len(self)} tensors, {counts}, sparsity {self.sparsity:.6g})"
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The masks themselves, without a copy. Never write to them: other holders of the masks would see it."""
+        return MappingProxyType(self._tensors)
 
     @property
     def kept(self) -> int:
@@ -225,13 +231,13 @@ class Masks(Mapping[str, Tensor]):
         `local_files_only`, ...) are for the Hub; a folder only looks at `subfolder`.
         Raises CheckpointError if there is no such folder or repository, or it holds no masks.
         """
-        from .compact import CompactFile  # which imports this module
-        from .files import find, find_compact
+        from .compact import CompactFile
+        from .compact.files import find, find_compact
 
         download |= {"revision": revision, "token": token, "subfolder": subfolder}
         compact = find_compact(folder_or_repo_id, **download)
         if compact is not None:
-            return CompactFile(compact.files).masks()
+            return cls(CompactFile(compact.files).masks())
         path = find(folder_or_repo_id, MASKS_FILE, required=True, **download)
         if path is None:
             raise CheckpointError(

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import select_nm
-from .batches import Batches, inputs_of
 from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
+from .model.example import example_of
+from .model.inputs import Batches, inputs_of
+from .model.targets import prunable, unwrap
 from .select import check_count, check_min_layer_density, check_selection, check_sparsity, select_step
 from .structured.choose import STRUCTURED, check_reachable, choose_units
 from .structured.heads import with_counts
-from .structured.units import Family, example_of, trace_units
-from .targets import prunable, unwrap
+from .structured.units import Family, trace_units
 
 
 def prune(
@@ -103,9 +104,7 @@ def prune(
     criterion = criterion.begin()
     for t in tqdm(range(1, rounds + 1), desc=title, unit="round",
                   disable=not (progress and group.is_main)):  # fmt: skip
-        scores = criterion.score(
-            model, batches, masks=None if masks is None else masks._tensors, prune_head=prune_head
-        )
+        scores = criterion.score(model, batches, masks=None if masks is None else masks.tensors, prune_head=prune_head)
         target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
         scores = {name: score for name, score in scores.items() if name in targets}
         if families:
@@ -117,7 +116,7 @@ def prune(
             masks = select_step(scores, target, scope, masks, min_layer_density, final=t == rounds)
     assert masks is not None
     if group.is_main:
-        _warn_of_empty_layers(masks._tensors, 1 - sparsity)
+        _warn_of_empty_layers(masks.tensors, 1 - sparsity)
     return masks
 
 

@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .batches import Inputs, inputs_of, run
 from .masks import Masks
-from .modes import evaluating
-from .targets import unwrap
+from .model.example import default_example
+from .model.inputs import Inputs, inputs_of, run
+from .model.modes import evaluating
+from .model.targets import unwrap
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
             Layer(
                 name=name,
                 shape=tuple(parameter.shape),
-                kept=int(masks._tensors[name].count_nonzero()),
+                kept=int(masks.tensors[name].count_nonzero()),
                 weights=parameter.numel(),
                 macs=macs.get(parameter),
             )
@@ -266,19 +267,6 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-
-
-def default_example(model: nn.Module) -> Tensor | None:
-    """One image of zeros of the size that the model's configuration names, or None."""
-    config = getattr(model, "config", None)
-    size = getattr(config, "image_size", None)
-    if size is not None:
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return torch.zeros(1, getattr(config, "num_channels", 3), height, width)
-    timm_model = getattr(model, "timm_model", model)
-    timm_config = getattr(timm_model, "pretrained_cfg", None) or getattr(timm_model, "default_cfg", None)
-    input_size = (timm_config or {}).get("input_size")
-    return None if input_size is None else torch.zeros(1, *input_size)
 
 
 def _count(value: int | None) -> str:

@@ -89,7 +89,7 @@ def select_step(
     if within is not None:
         _check_within(within, scores)
     floor = Fraction(repr(check_min_layer_density(min_layer_density, sparsity)))
-    return Masks(method(scores, density, {} if within is None else within._tensors, floor))
+    return Masks(method(scores, density, {} if within is None else within.tensors, floor))
 
 
 def check_selection(scope: str) -> None:
@@ -309,8 +309,8 @@ def _check_within(within: Masks, scores: Mapping[str, Tensor]) -> None:
         raise InvalidArgumentError(f"within must be Masks or None, got {type(within).__name__}.")
     misfits = [
         name
-        for name in {**scores, **within._tensors}
-        if name not in scores or name not in within or scores[name].shape != within._tensors[name].shape
+        for name in {**scores, **within.tensors}
+        if name not in scores or name not in within or scores[name].shape != within.tensors[name].shape
     ]
     if misfits:
         raise TargetError(

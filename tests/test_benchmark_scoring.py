@@ -1,4 +1,4 @@
-"""recipes/benchmark_scoring.py with tiny networks, in a process of its own."""
+"""recipes/benchmarks/scoring.py with tiny networks, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "recipes" / "benchmark_scoring.py"), "--quick", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "recipes" / "benchmarks" / "scoring.py"), "--quick", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, "--output_dir", str(out), *arguments], env=environment, capture_output=True, text=True, timeout=280

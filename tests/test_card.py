@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from test_hub import pruned, resnet
 
 import px_hf as px
-from px_hf.card import is_unedited, model_card
+from px_hf.hub.card import is_unedited, model_card
 from px_hf.report import Report
 
 FILES = {

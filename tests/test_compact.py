@@ -65,7 +65,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def read(folder: Path) -> tuple[State, Masks]:
     file = CompactFile.open(folder)
-    return {name: file.tensor(name) for name in file.shapes}, file.masks()
+    return {name: file.tensor(name) for name in file.shapes}, Masks(file.masks())
 
 
 # -------------------------------------------------------------------------------------------------------- exact

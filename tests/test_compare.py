@@ -18,13 +18,10 @@ from PIL import Image
 from test_recipe import RECIPES, environment, folder  # noqa: F401
 
 import px_hf as px
-
-sys.path.insert(0, str(RECIPES))
-
-import compare_criteria
-import comparison_cell
-import comparison_data
-import comparison_report
+from px_hf.commands import compare_criteria
+from px_hf.comparison import cell as comparison_cell
+from px_hf.comparison import prepared as comparison_data
+from px_hf.comparison import table as comparison_report
 
 RECIPE = str(RECIPES / "compare_criteria.py")
 METHODS = ["magnitude", "random:seed=3", "snip:rounds=1", "wanda:control=shuffle"]

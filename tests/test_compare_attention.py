@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from networks import build, images
-from test_recipe import RECIPES
 
 import px_hf as px
-
-sys.path.insert(0, str(RECIPES))
-
-from compare_attention import POLICIES, QueriesKeys
+from px_hf.commands.compare_attention import POLICIES, QueriesKeys
 
 ATTENTION = [f"vit.layers.{layer}.attention." for layer in range(2)]
 PROJECTIONS = {f"{name}{one}_proj.weight" for name in ATTENTION for one in "qk"}

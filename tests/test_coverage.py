@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import coverage_table as table
 import pytest
 import timm
 import torch
@@ -14,10 +13,6 @@ from torch import Tensor, nn
 from transformers import Siglip2Config, Siglip2ForImageClassification
 
 import px_hf as px
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import coverage_table as table
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torchvision", "ignore::UserWarning")
 

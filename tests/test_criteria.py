@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import px_hf as px
 from px_hf.criteria.grasp import place_among_floats
 from px_hf.criteria.ntksap import noise
-from px_hf.targets import prunable
+from px_hf.model.targets import prunable
 
 CRITERIA = [
     px.SNIP(),
@@ -214,7 +214,7 @@ def test_ntk_trace_does_not_depend_on_how_gradients_are_batched(monkeypatch: pyt
     model, (_, batches) = net(), data()
     expected = px.NTKTrace().score(model, batches)
     monkeypatch.setattr("px_hf.criteria.ntk_trace._GRADIENTS_AT_A_TIME", 1)
-    monkeypatch.setattr("px_hf.criteria.masked_network._NUMBERS_AT_A_TIME", 1)
+    monkeypatch.setattr("px_hf.scoring.masked_network._NUMBERS_AT_A_TIME", 1)
     for name, score in px.NTKTrace().score(model, batches).items():
         torch.testing.assert_close(score, expected[name])
 

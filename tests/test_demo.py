@@ -15,19 +15,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
+from pretrain_demo import Arguments, main
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
+import px_hf as px
+from px_hf.data.embedded.characters import digits
+from px_hf.data.embedded.letters import CLASSES, letters
+
 RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
 
-from demo_data import digits  # noqa: E402
-from demo_letters import CLASSES, letters  # noqa: E402
-from pretrain_demo import Arguments, main  # noqa: E402
-
-import px_hf as px  # noqa: E402
 
 DEMO = RECIPES / "demo"
 BACKBONES = ["resnet", "vit"]
@@ -154,7 +153,7 @@ def test_what_is_learnt_from_letters_helps_with_digits(backbone: str, data: Data
 
 
 def pretrain(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RECIPES / "pretrain_demo.py"), "--backbone", "vit", "--output_dir", str(folder)]
+    command = [sys.executable, str(DEMO / "pretrain.py"), "--backbone", "vit", "--output_dir", str(folder)]
     command += ["--max_steps", "2", "--batch_size", "8", *options]
     return subprocess.run(command, capture_output=True, text=True)
 

@@ -31,16 +31,14 @@ from transformers import (
 )
 
 import px_hf as px
-from px_hf.evaluation.page import markdown, model_index, read_results
+from px_hf.commands import evaluate_downstream, transfer
+from px_hf.data.embedded import characters as demo_data
+from px_hf.downstream.page import markdown, model_index, read_results
+from px_hf.runs import evaluate_tasks
+from px_hf.runs.tasks import find_tasks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
 
-import demo_data  # noqa: E402
-import evaluate_downstream  # noqa: E402
-import evaluation  # noqa: E402
-import transfer  # noqa: E402
-from tasks import find_tasks  # noqa: E402
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 AB = ClassLabel(names=["a", "b"])
@@ -197,7 +195,7 @@ def test_a_finished_run_is_not_computed_again(
     before = (folder / "finished/downstream.json").read_bytes()
     with monkeypatch.context() as patched:
         for name in ("probe", "finetune", "head_inputs"):
-            patched.setattr(evaluation, name, never)
+            patched.setattr(evaluate_tasks, name, never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
         assert (folder / "finished/downstream.json").read_bytes() == before
 
@@ -207,7 +205,7 @@ def test_a_finished_run_is_not_computed_again(
         del record["results"]["random 80 %"]["linear"]
         file.write_text(json.dumps(record))
         patched.undo()
-        patched.setattr(evaluation, "head_inputs", never)
+        patched.setattr(evaluate_tasks, "head_inputs", never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
     again = json.loads((folder / "finished/downstream.json").read_text())
     for results in (again, finished[1]):
@@ -232,7 +230,7 @@ def test_two_processes_give_the_results_of_one(folder: Path, finished: tuple[Pat
         settings(folder, "two", "--per_device_train_batch_size", "4", *PRUNED_HERE[:1], *PRUNED_HERE[2:]),
         settings(folder, "half", "--methods", "finetune", "--num_train_epochs", "1", tasks=(bad, "digits")),
     ]
-    script = f"import sys\nsys.path.insert(0, {str(RECIPES)!r})\nimport evaluate_downstream\n"
+    script = "from px_hf.commands import evaluate_downstream\n"
     script += f"assert [evaluate_downstream.main(argv) for argv in {runs!r}] == [0, 1]\n"
     (folder / "runs.py").write_text(script)
     with socket.socket() as free:

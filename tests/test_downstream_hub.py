@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ from test_card import Page
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import px_hf as px
-from px_hf.evaluation.attached import is_about, weights_fingerprint
-from px_hf.evaluation.page import METHODS, METRICS, REPORT_FILES, read_results
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import evaluate_downstream
+from px_hf.commands import evaluate_downstream
+from px_hf.downstream.attached import is_about, weights_fingerprint
+from px_hf.downstream.page import METHODS, METRICS, REPORT_FILES, read_results
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
 REPO = "alice/model"

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 import px_hf as px
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import export_onnx
+from px_hf.commands import export_onnx
 
 
 def pictures(name: str, count: int) -> Tensor:

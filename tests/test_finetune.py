@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from px_hf.errors import CheckpointError, InvalidArgumentError, TargetError
-from px_hf.finetune import KeepMasks, keep_masks
+from px_hf.keep import keep_masks
 from px_hf.masks import Masks
+from px_hf.trainer import KeepMasks
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

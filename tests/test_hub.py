@@ -27,11 +27,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from px_hf.empty_model import build_empty
 from px_hf.errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
-from px_hf.loading import from_pretrained
+from px_hf.hub.loading import from_pretrained
+from px_hf.hub.saving import save_pretrained
 from px_hf.masks import Masks
-from px_hf.saving import save_pretrained
+from px_hf.model.empty import build_empty
 
 CLASSES = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
 

@@ -7,18 +7,16 @@ import json
 import sys
 from pathlib import Path
 
+import inference as benchmark_inference
+import inference_runtimes
 import pytest
+import sparse_cpu as benchmark_sparse_cpu
 import torch
 from networks import build
 from PIL import Image
 from torch import nn
 
 import px_hf as px
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import benchmark_inference
-import benchmark_sparse_cpu
-import inference_runtimes
 
 QUICK = ["--rounds", "2", "--threads", "1", "--clock", "cpu", "--image_size", "8"]
 

@@ -39,7 +39,7 @@ from px_hf.evaluation.features import features_key
 from px_hf.evaluation.intervals import MEANS_OVER_CLASSES, bootstrap, unit_counts, wilson
 from px_hf.evaluation.scores import segmentation_scores
 from px_hf.metrics.mean_iou.mean_iou import confusion_matrices
-from px_hf.targets import head_modules
+from px_hf.model.targets import head_modules
 
 CLASSES = 4
 

@@ -12,7 +12,7 @@ import torch
 from networks import build, images
 
 import px_hf as px
-from px_hf.sums import exact_sum
+from px_hf.scoring.sums import exact_sum
 
 HERE = Path(__file__).parent
 

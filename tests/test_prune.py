@@ -12,7 +12,7 @@ from networks import NETWORKS, build, images
 from torch import Tensor, nn
 
 import px_hf as px
-from px_hf.targets import prunable
+from px_hf.model.targets import prunable
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

@@ -33,9 +33,9 @@ from transformers import (
 )
 
 import px_hf as px
-from px_hf import push
-from px_hf.card import TAGS
 from px_hf.distributed import Processes
+from px_hf.hub import push
+from px_hf.hub.card import TAGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
 REPO = "alice/model"

@@ -29,15 +29,14 @@ from transformers import (
 )
 
 import px_hf as px
+from px_hf.commands import prune_finetune
+from px_hf.data.embedded import characters as demo_data
+from px_hf.runs import arguments
+from px_hf.runs import folder as output_folder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = str(RECIPES / "prune_finetune.py")
-sys.path.insert(0, str(RECIPES))
 
-import arguments  # noqa: E402
-import demo_data  # noqa: E402
-import output_folder  # noqa: E402
-import prune_finetune  # noqa: E402
 
 EPOCHS = 8
 PLAIN = [sys.executable, RECIPE]

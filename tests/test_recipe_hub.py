@@ -26,8 +26,7 @@ from transformers import (
 )
 
 import px_hf as px
-
-import demo_data  # isort: skip
+from px_hf.data.embedded import characters as demo_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
 SHORT = ("--num_train_epochs", "2", "--max_train_samples", "120", "--eval_strategy", "no")

@@ -16,7 +16,7 @@ import px_hf as px
 from px_hf.criteria import px as module
 from px_hf.ops import ACTIVE, ForgottenError, G, H, Tracer, Weight, tracer
 from px_hf.ops.companions import Later, Paths
-from px_hf.sums import add_, add_up
+from px_hf.scoring.sums import add_, add_up
 
 
 def everything(model: nn.Module) -> dict[str, Tensor]:

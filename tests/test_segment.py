@@ -43,17 +43,16 @@ from transformers import (
 )
 
 import px_hf as px
+from px_hf.commands import prune_segment
 from px_hf.data import Preprocess
+from px_hf.data.embedded import scenes as demo_scenes
 from px_hf.data.segmentation import IGNORED, MapSplit, count_classes, find_pair, segmentation_task
-from px_hf.targets import head_modules, prunable
+from px_hf.model.targets import head_modules, prunable
+from px_hf.runs.arguments import FineTuneArguments, ModelArguments
+from px_hf.runs.segment_model import four_of, load_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
 
-import demo_scenes  # noqa: E402
-import prune_segment  # noqa: E402
-from arguments import FineTuneArguments, ModelArguments  # noqa: E402
-from segment_model import four_of, load_model  # noqa: E402
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

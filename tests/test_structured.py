@@ -25,12 +25,12 @@ from transformers import (
 )
 
 import px_hf as px
-from px_hf.batches import Inputs, run
 from px_hf.errors import InvalidArgumentError, TargetError
+from px_hf.model.inputs import Inputs, run
+from px_hf.model.targets import prunable
 from px_hf.structured.choose import choose_units, unit_scores
 from px_hf.structured.heads import with_counts
 from px_hf.structured.units import Family, trace_units, unread
-from px_hf.targets import prunable
 
 
 def hf_bottleneck() -> nn.Module:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
 import px_hf as px
-from px_hf.batches import Inputs, run
 from px_hf.errors import CheckpointError
 from px_hf.masks import Masks
+from px_hf.model.inputs import Inputs, run
+from px_hf.model.targets import prunable
 from px_hf.structured.units import trace_units
-from px_hf.targets import prunable
 
 
 def dinov2() -> nn.Module:

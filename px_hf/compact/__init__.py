@@ -1,9 +1,9 @@
 """The compact format: a pruned model in a safetensors file of entropy-coded masks and kept values.
 
     write_compact(model.state_dict(), masks, folder)
-    with CompactFile.open(folder) as file:
-        file.masks()                    # px_hf.Masks
-        file.tensor("fc.weight")        # dense, with exact zeros
+    file = CompactFile.open(folder)
+    file.masks()                    # name -> bool tensor, True = kept
+    file.tensor("fc.weight")        # dense, with exact zeros
 
 docs/COMPACT_FORMAT.md specifies it for readers in any language.
 """

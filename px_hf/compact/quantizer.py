@@ -2,7 +2,7 @@
 
 transformers asks its quantizers how to turn the tensors of a file into those of a model. This one turns a mask and
 values into the dense weight; what comes out is an ordinary model, which can be trained and saved like any other.
-`px_hf.registration` registers it when px_hf and transformers are both imported, in whichever order.
+`px_hf.hub.registration` registers it when px_hf and transformers are both imported, in whichever order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, InvalidArgumentError
-from ..structured.structure import restore_
+from ..model.widths import restore_
 from .ahead import Ahead
 from .layout import MASK, QUANT_METHOD, VALUES, VERSION
 from .matching import match

@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..masks import Masks
 from .coding import PART, kept_positions
 from .layout import (
     DTYPES,
@@ -106,9 +105,9 @@ class CompactFile:
             with _naming(self._stored[name].path, name):
                 self._read(name)
 
-    def masks(self) -> Masks:
-        """The masks of all pruned parameters."""
-        return Masks({name: self.mask(name) for name in self.pruned})
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of all pruned parameters: name -> bool tensor, True = kept."""
+        return {name: self.mask(name) for name in self.pruned}
 
     def mask(self, name: str) -> Tensor:
         """The mask of a pruned parameter: bool, True = kept."""

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import TargetError
-from ..masks import Masks
 from .coding import BITS, encode
 from .layout import DTYPES, INDEX_FILE, MASK, METADATA, VALUE_DTYPES, VALUES, VERSION, checksum, decoded_limit
 
@@ -24,19 +23,21 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def write_compact(
     state: Mapping[str, Tensor],
-    masks: Masks,
+    masks: Mapping[str, Tensor],
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write `state` (names as in `masks`) into an existing folder: of the tensors with a mask only what it keeps.
+    """Write `state` into an existing folder: of the tensors with a mask only what it keeps.
+
+    `masks`: name in `state` -> bool tensor of its shape, True = kept.
 
     Files larger than `max_shard_size` are split, with an index, as transformers does it. The same state and masks
     always give the same bytes.
 
     Raises TargetError if a mask has no tensor of its shape, or a tensor is of a dtype that the format does not know.
     """
-    for name, mask in masks._tensors.items():
+    for name, mask in masks.items():
         if name not in state or state[name].shape != mask.shape:
             found = list(state[name].shape) if name in state else "none"
             raise TargetError(f"The mask of {name!r} is {list(mask.shape)} and the tensor to write is {found}.")
@@ -58,7 +59,7 @@ def write_compact(
 
 
 def _encode(
-    state: Mapping[str, Tensor], masks: Masks, plain_bits: bool = False
+    state: Mapping[str, Tensor], masks: Mapping[str, Tensor], plain_bits: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The tensors to store, and what the metadata says of each."""
     stored: dict[str, Tensor] = {}
@@ -69,7 +70,7 @@ def _encode(
         entries[name] = {"crc32": checksum(_NAMES[tensor.dtype], tensor.shape, tensor)}
 
     for name, tensor in state.items():
-        mask = masks._tensors.get(name)
+        mask = masks.get(name)
         if tensor.dtype not in (DTYPES if mask is None else VALUE_DTYPES).values():
             raise TargetError(f"{name!r} is of {tensor.dtype}, which the compact format does not hold.")
         if name.endswith((MASK, VALUES)):

@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from ..batches import Batches
+from ..model.inputs import Batches
 
 
 class Criterion(ABC):
@@ -48,7 +47,7 @@ class Criterion(ABC):
 
         Args:
             model: any module whose output is a tensor [N, K] or has ``.logits``.
-            batches: re-iterable of batches, see `px_hf.batches`; criteria that need no data ignore it.
+            batches: re-iterable of batches, see `px_hf.model.inputs`; criteria that need no data ignore it.
             masks: parameter name -> bool tensor (True = kept). The network is scored as if the
                 other weights were zero; a name that is absent is dense.
             prune_head: also score the classifier head.
@@ -56,9 +55,3 @@ class Criterion(ABC):
         Returns:
             Name in ``named_parameters()`` -> scores of the parameter's shape, non-negative, finite.
         """
-
-
-def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """``weight`` with its pruned entries at zero, detached."""
-    weight = weight.detach()
-    return weight if mask is None else torch.where(mask.to(weight.device), weight, 0.0)

@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..batches import Batches, Inputs, classes_of, inputs_of
 from ..distributed import processes
 from ..errors import InvalidArgumentError
+from ..model.inputs import Batches, Inputs, classes_of, inputs_of
+from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
-from .masked_network import MaskedNetwork, Tensors, finite_logits
 
 
 @dataclass(frozen=True)

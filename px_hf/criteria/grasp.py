@@ -25,10 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches, Inputs
 from ..errors import InvalidArgumentError
-from .base import Criterion, masked
-from .masked_network import MaskedNetwork, Tensors
+from ..model.inputs import Batches, Inputs
+from ..scoring.masked_network import MaskedNetwork, Tensors
+from ..scoring.masking import masked
+from .base import Criterion
 from .snip import loss_gradient
 
 

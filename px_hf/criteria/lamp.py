@@ -15,9 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches
-from ..targets import prunable
-from .base import Criterion, masked
+from ..model.inputs import Batches
+from ..model.targets import prunable
+from ..scoring.masking import masked
+from .base import Criterion
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from ..batches import Batches, Inputs
 from ..errors import InvalidArgumentError
+from ..model.inputs import Batches, Inputs
+from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
-from .masked_network import MaskedNetwork, Tensors, finite_logits
 
 _GRADIENTS_AT_A_TIME = 2**26
 """Numbers in the per-example gradients that are held at once (256 MB in float32), or those of one example."""

@@ -23,10 +23,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches, Inputs
 from ..errors import InvalidArgumentError
+from ..model.inputs import Batches, Inputs
+from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
-from .masked_network import MaskedNetwork, Tensors, finite_logits
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches, Inputs, inputs_of, require_finite
 from ..distributed import processes
 from ..errors import InvalidArgumentError, NonFiniteError
-from ..modes import evaluating
+from ..model.inputs import Batches, Inputs, inputs_of, require_finite
+from ..model.modes import evaluating
+from ..model.targets import prunable, unwrap
 from ..ops import ACTIVE, G, H, Weight
-from ..sums import add_, add_up, exact_sum, sum_aligned_
-from ..targets import prunable, unwrap
+from ..scoring.path_network import PathNetwork, PathScores
+from ..scoring.sums import add_, add_up, exact_sum, sum_aligned_
 from .base import Criterion
 from .lamp import shares
-from .path_network import PathNetwork, PathScores
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches
 from ..errors import InvalidArgumentError
-from ..targets import prunable
-from .base import Criterion, masked
+from ..model.inputs import Batches
+from ..model.targets import prunable
+from ..scoring.masking import masked
+from .base import Criterion
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batches import Batches, Inputs, classes_of
+from ..model.inputs import Batches, Inputs, classes_of
+from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
-from .masked_network import MaskedNetwork, Tensors, finite_logits
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batches, inputs_of
-from ..modes import evaluating
+from ..model.inputs import Batches, inputs_of
+from ..model.modes import evaluating
+from ..model.targets import prunable, unwrap
 from ..ops import ABSOLUTE, G, Reading
-from ..targets import prunable, unwrap
+from ..scoring.path_network import PathNetwork, PathScores
 from .base import Criterion
-from .path_network import PathNetwork, PathScores
 
 
 @dataclass(frozen=True)

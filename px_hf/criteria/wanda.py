@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..batches import Batches, Inputs
 from ..errors import TargetError
+from ..model.inputs import Batches, Inputs
 from ..ops.registry import DECOMPOSITIONS, SHAPE_OPS
+from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
-from .masked_network import MaskedNetwork, Tensors, finite_logits
 
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 

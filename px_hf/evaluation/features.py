@@ -21,12 +21,12 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..batches import Inputs, run
 from ..data import Preprocess, Split
 from ..distributed import on_main, processes, raise_together
 from ..errors import DataError, PxError
-from ..modes import evaluating
-from ..targets import PRUNABLE_LAYERS, head_modules, unwrap
+from ..model.inputs import Inputs, run
+from ..model.modes import evaluating
+from ..model.targets import PRUNABLE_LAYERS, head_modules, unwrap
 
 
 def head_inputs(model: nn.Module, split: Split, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:

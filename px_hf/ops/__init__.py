@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from . import activation, arithmetic, attention, linear, norm, pooling, shape
 from .companions import ABSOLUTE, ACTIVE, G, H, Paths, Reading, Weight
 from .gates import ForgottenError
 from .registry import RULES, add_rule, rule
+from .rules import activation, arithmetic, attention, linear, norm, pooling, shape
 from .tracer import Tracer
 
 __all__ = [

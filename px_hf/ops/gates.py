@@ -3,7 +3,7 @@
 A gate is frozen at its value, so no value path runs through the weights that computed it and Eq. 9
 alone would prune them first. They are scored by conservation: the value path is multiplied by
 
-    u / stop_gradient(u),      u = the path sum of the gate's own branch (for Q and K: `px_hf.ops.attention`),
+    u / stop_gradient(u),      u = the path sum of the gate's own branch (for Q and K: `px_hf.ops.rules.attention`),
 
 which is 1 and changes no path sum, but whose gradient in log u is the flow that the gate lets
 through. The branch's weights share exactly that flow, each factor of a product (Q and K) receiving

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import UnsupportedOpError
-from ..modes import full_precision
+from ..model.modes import full_precision
 from .bystanders import name_of, of_gates, of_parameters, reshaped
 from .call import Call
 from .companions import (

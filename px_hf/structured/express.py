@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..batches import Inputs, run
-from ..empty_model import build_empty
 from ..errors import CheckpointError
-from ..modes import evaluating
+from ..model.empty import build_empty
+from ..model.inputs import Inputs, run
+from ..model.modes import evaluating
+from ..model.widths import other_integers, other_shapes
 from .heads import agree
-from .structure import other_integers, other_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Inputs, run
-from ..modes import evaluating
-from .cut import SIZED, kept_entries, smaller_copy
+from ..model.inputs import Inputs, run
+from ..model.modes import evaluating
+from ..model.sizes import SIZED
+from .cut import kept_entries, smaller_copy
 from .units import Family
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Inputs, run
 from ..errors import TargetError
 from ..masks import Masks
-from ..modes import evaluating
-from ..targets import prunable, unwrap
+from ..model.example import example_of
+from ..model.inputs import Inputs, run
+from ..model.modes import evaluating
+from ..model.targets import prunable, unwrap
 from .cut import cut, kept_entries, smaller_copy
 from .express import express_in_config_
 from .heads import agree, with_counts
-from .units import example_of, trace_units, unread
+from .units import trace_units, unread
 
 
 @torch.no_grad()
@@ -46,18 +47,18 @@ def shrink(model: nn.Module, masks: Masks, example: Any = None) -> tuple[nn.Modu
     parameters = masks.match(model)
     inputs = example_of(model, example)
     families = trace_units(model, inputs, prunable(model, prune_head=True))
-    stays = {family: ~unread(family, masks._tensors) for family in families}
+    stays = {family: ~unread(family, masks.tensors) for family in families}
     if not (gone := [family for family in families if not bool(stays[family].all())]):
         raise TargetError(
             "the masks prune no unit whole, so there is nothing to take out. px.prune(..., scope='structured') prunes "
             "whole units."
         )
     found = with_counts(model, inputs, gone)
-    stays = {family: ~unread(family, masks._tensors) for family in found}
+    stays = {family: ~unread(family, masks.tensors) for family in found}
     kept = kept_entries(model, stays)
-    small = smaller_copy(model, kept, stays, masks._tensors)
-    rest = Masks({name: cut(mask, kept.get(name, {})) for name, mask in masks._tensors.items()})
-    masked = {f"model.{name}": p.masked_fill(~masks._tensors[name].to(p.device), 0) for name, p in parameters.items()}
+    small = smaller_copy(model, kept, stays, masks.tensors)
+    rest = Masks({name: cut(mask, kept.get(name, {})) for name, mask in masks.tensors.items()})
+    masked = {f"model.{name}": p.masked_fill(~masks.tensors[name].to(p.device), 0) for name, p in parameters.items()}
     with evaluating(model), evaluating(small):
         expected = torch.func.functional_call(_Run(model), masked, (inputs,))
         if not agree(run(small, inputs), expected):

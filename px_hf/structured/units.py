@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batches import Inputs, inputs_of, run
-from ..errors import DataError
-from ..modes import evaluating
-from ..report import default_example
-from ..targets import unwrap
-from .labels import RULES_OF_LABELS, STARTS_LABELS
-from .trace import Role, SlabTracer
+from ..model.inputs import Inputs, run
+from ..model.modes import evaluating
+from ..model.targets import unwrap
+from .id_rules import ID_RULES, STARTS_IDS
+from .unit_ids import Role, UnitTracer
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,20 +61,6 @@ class Family:
         return next(part.tensor for part in self.parts if part.role == "rows")
 
 
-def example_of(model: nn.Module, example: Any = None) -> Inputs:
-    """One image to run `model` on: the first of the batch `example`, or zeros of the size that the model names.
-
-    Raises DataError if there is neither.
-    """
-    example = default_example(model) if example is None else example
-    if example is None:
-        raise DataError(
-            f"the configuration of {type(model).__name__} names no image size to run it on. Pass example=images, a "
-            "batch as the model takes them."
-        )
-    return next(next(inputs_of([example], model)).parts(1))
-
-
 @torch.no_grad()
 def trace_units(model: nn.Module, inputs: Inputs, targets: Collection[str]) -> list[Family]:
     """The families of two units or more, all of whose weights are among `targets`, in the model's order.
@@ -85,16 +68,16 @@ def trace_units(model: nn.Module, inputs: Inputs, targets: Collection[str]) -> l
     The model runs once on `inputs`, in eval mode, and is not changed. Heads come without `Family.counts`.
     """
     model = unwrap(model)
-    with evaluating(model), SlabTracer(model, RULES_OF_LABELS, STARTS_LABELS) as tracer:
+    with evaluating(model), UnitTracer(model, ID_RULES, STARTS_IDS) as tracer:
         logits = run(model, inputs)
-    tracer.pin(tracer.labels_of(logits))
+    tracer.pin(tracer.ids_of(logits))
     pinned, attending = tracer.pinned, tracer.attending
     matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
 
     places: dict[int, dict[int, list[int]]] = {}  # root -> number of a site -> entries there
     for number, site in enumerate(tracer.sites):
-        for entry, label in enumerate(site.labels.tolist()):
-            root = tracer.root(label)
+        for entry, unit_id in enumerate(site.ids.tolist()):
+            root = tracer.root(unit_id)
             if root and root not in pinned:
                 places.setdefault(root, {}).setdefault(number, []).append(entry)
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}  # (site, entries of each unit there) -> roots

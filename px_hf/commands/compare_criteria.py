@@ -1,0 +1,233 @@
+"""Compare pruning criteria: methods × sparsities × seeds × (model, task), the same budget and data order for all.
+
+recipes/compare_criteria.py says how it is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, fields
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+import px_hf as px
+
+from ..comparison.cell import DENSE, Budget, Cell, Method, run_cell
+from ..comparison.prepared import prepare, short
+from ..comparison.results import append_line, markdown, plot, read_lines
+from ..runs.arguments import EXAMPLE_MODEL, parse_groups
+from ..select import check_sparsity
+
+
+@dataclass
+class CompareArguments:
+    """What to compare, and the budget that all cells share."""
+
+    config: str | None = field(default=None, metadata={"help": "YAML file of arguments; the command line overrides."})
+    output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder to write, or to go on with."})
+    model_name_or_path: list[str] = field(
+        default_factory=lambda: [EXAMPLE_MODEL], metadata={"help": "Backbones: ids of the Hub or local folders."}
+    )
+    dataset_name: list[str] = field(
+        default_factory=lambda: ["digits"],
+        metadata={"help": "Tasks: ids of the Hub, local folders, or the embedded digits, greek, letters."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models and data are kept."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the models. Only if you have read it."}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: ["px-active", "magnitude", "snip", "random"],
+        metadata={"help": "Criteria, with settings: name:key=value:key=value."},
+    )
+    sparsities: list[float] = field(
+        default_factory=lambda: [0.7, 0.95], metadata={"help": "Fractions of the weights to prune, in [0, 1)."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of calibration images, head, data order and augmentation."}
+    )
+    workers: int = field(
+        default=1, metadata={"help": "Processes that compute cells, one thread each; on GPUs they take turns."}
+    )
+    report_only: bool = field(default=False, metadata={"help": "Only write tables and plot of the cells there are."})
+    report_on: str = field(
+        default="test", metadata={"help": "Split of the accuracies.", "choices": ["test", "validation"]}
+    )
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of each class split off where there is no validation split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many examples."})
+    head: str = field(
+        default="random",
+        metadata={"help": "Classifier head that scoring and fine-tuning start from.", "choices": ["random", "fitted"]},
+    )
+    examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
+    scoring_batch_size: int = field(default=50, metadata={"help": "Images scored at once."})
+    rounds: int = field(default=20, metadata={"help": "Rounds of criteria whose scores change as weights go."})
+    recalibrate_batchnorm: bool = field(
+        default=False,
+        metadata={"help": "Estimate the BatchNorm statistics of the pruned network anew, on the calibration images."},
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning; 0 for none."})
+    batch_size: int = field(default=64, metadata={"help": "Of fine-tuning."})
+    optimizer: str = field(
+        default="adamw", metadata={"help": "SGD has Nesterov momentum 0.9.", "choices": ["adamw", "sgd"]}
+    )
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak: a tenth of the steps up, then down on a cosine. Gradients are clipped."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Of the optimizer."})
+    random_shift: bool = field(default=False, metadata={"help": "Train on images shifted by up to an eighth."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Train on mirrored images too. Not for digits."})
+    bf16: bool = field(default=False, metadata={"help": "Fine-tune and evaluate under bfloat16 autocast."})
+
+    def budget(self) -> Budget:
+        return Budget(**{f.name: getattr(self, f.name) for f in fields(Budget)})
+
+
+def main(argv: list[str]) -> None:
+    (args,) = parse_groups(
+        argv, (CompareArguments,), "python recipes/compare_criteria.py [--name value ...]", _example
+    )
+    check(args)
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.jsonl"
+    quiet()
+    torch.set_num_threads(1)  # also without workers, so that their number changes no result
+    lines = read_lines(file)
+    done = [line["key"] for line in lines]
+    cells = [cell for cell in plan(args) if cell.key() not in done]
+    failed: list[str] = []
+    if cells and not args.report_only:
+        pairs = dict.fromkeys((cell.model, cell.dataset) for cell in cells)
+        folders = {
+            (short(model), short(data)): str(prepare(args, model, data))
+            for model, data in itertools.product(args.model_name_or_path, args.dataset_name)
+            if (short(model), short(data)) in pairs
+        }
+        ready = [
+            Cell(**{**vars(cell), "budget": cell.budget, "folder": folders[cell.model, cell.dataset]})
+            for cell in cells
+        ]
+        progress = tqdm(total=len(ready) + len(done), initial=len(done), desc="Comparison", unit="cell")
+        for cell, line in results(ready, args.workers):
+            if isinstance(line, Exception):
+                failed.append(f"{cell.method} at {cell.sparsity:g}, seed {cell.seed}: {type(line).__name__}: {line}")
+                progress.write(failed[-1], file=sys.stderr)
+            else:
+                append_line(file, line)
+            progress.update()
+        progress.close()
+    report(args, out)
+    if failed:
+        raise px.PxError(f"{len(failed)} cell(s) failed, the first: {failed[0]}. The others are kept; run again.")
+
+
+def plan(args: CompareArguments) -> Iterator[Cell]:
+    """All cells, one seed after the other, so that an unfinished run has whole rows."""
+    budget = args.budget()
+    for seed, model, data in itertools.product(args.seeds, args.model_name_or_path, args.dataset_name):
+        yield Cell(short(model), short(data), DENSE, 0.0, seed, budget)
+        for sparsity, method in itertools.product(args.sparsities, args.methods):
+            yield Cell(short(model), short(data), method, sparsity, seed, budget)
+
+
+def check(args: CompareArguments) -> None:
+    """**Raises** `InvalidArgumentError` before anything is computed."""
+    for method in args.methods:
+        Method.parse(method, args.rounds)
+    for sparsity in args.sparsities:
+        check_sparsity(sparsity)
+    for name in ("methods", "sparsities", "seeds", "model_name_or_path", "dataset_name"):
+        given = [short(value) if isinstance(value, str) else value for value in getattr(args, name)]
+        if len(set(given)) < len(given):
+            raise px.InvalidArgumentError(f"--{name} names the same twice: {' '.join(map(str, given))}.")
+    for name, least in (("workers", 1), ("batch_size", 1), ("examples_per_class", 1), ("scoring_batch_size", 1)):
+        if getattr(args, name) < least:
+            raise px.InvalidArgumentError(f"--{name} is {getattr(args, name)}; expected at least {least}.")
+    if args.num_train_epochs < 0 or not args.learning_rate > 0:
+        raise px.InvalidArgumentError("--num_train_epochs must be at least 0 and --learning_rate above 0.")
+
+
+def results(cells: list[Cell], workers: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:
+    """Each cell with its line, or with the error that it ended in, as they come."""
+    if workers == 1:
+        for cell in cells:
+            yield cell, _attempt(cell)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0),)) as pool:
+        waiting = {pool.submit(_attempt, cell): cell for cell in cells}
+        for future in as_completed(waiting):
+            try:
+                yield waiting[future], future.result()
+            except BrokenProcessPool:
+                raise px.PxError(
+                    "A worker was killed, perhaps for want of memory. What was finished is kept: run again, with "
+                    "fewer --workers or a smaller --scoring_batch_size."
+                ) from None
+
+
+def _attempt(cell: Cell) -> dict[str, Any] | Exception:
+    try:
+        return run_cell(cell)
+    except (px.PxError, RuntimeError, OSError) as error:
+        return error
+
+
+def _start_worker(started: Any) -> None:
+    """One thread, one GPU where there are any, and an end when the parent ends, however it ends."""
+    with started.get_lock():
+        index, started.value = started.value, started.value + 1
+    quiet()
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def quiet() -> None:
+    """No report of every model that is loaded: that the head is new is the plan."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def report(args: CompareArguments, out: Path) -> None:
+    """Tables and plot of all cells of this budget, also of earlier commands."""
+    budget = vars(args.budget())
+    lines = [line for line in read_lines(out / "results.jsonl") if budget.items() <= line["key"].items()]
+    if not lines:
+        return
+    lines.sort(key=lambda line: (line["key"]["model"], line["key"]["dataset"], line["key"]["seed"]))
+    text = markdown(lines)
+    (out / "results.md").write_text(text)
+    plot(lines, out / "comparison.png")
+    Console().print(Markdown(text))
+
+
+def _example(named: Any) -> dict[str, Any]:
+    """Other defaults where the embedded example is what is compared."""
+    small = named.model_name_or_path == [EXAMPLE_MODEL] and named.dataset_name == ["digits"]
+    return {"num_train_epochs": 5.0, "rounds": 10, "scoring_batch_size": 100} if small else {}

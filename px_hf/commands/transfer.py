@@ -1,0 +1,126 @@
+"""Prune once, transfer many times: how much of each target's dense accuracy does one subnetwork keep?
+
+recipes/transfer.py says how it is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+import px_hf as px
+
+from ..data import ClassificationTask, Preprocess
+from ..distributed import processes
+from ..runs.arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments, parse_groups
+from ..runs.backbone import load_processor
+from ..runs.console import Phases
+from ..runs.evaluate_tasks import Evaluation
+from ..runs.pruning_source import Source, SourceArguments
+from ..runs.subjects import Subject, prune
+from ..runs.tasks import Task, find_tasks
+from ..select import check_sparsity
+
+BASES = ("source", "target", "mix")
+
+
+@dataclass
+class TransferArguments(SourceArguments):
+    """Where from, where to."""
+
+    source: str | None = field(
+        default=None,
+        metadata={"help": "The task to prune on once: an embedded one, a dataset, a folder, a YAML file."},
+    )
+    targets: list[str] = field(
+        default_factory=lambda: ["digits", "greek"], metadata={"help": "Tasks to fine-tune on, named likewise."}
+    )
+    prune_on: list[str] = field(
+        default_factory=lambda: list(BASES), metadata={"help": "Whose images to compare.", "choices": list(BASES)}
+    )
+    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
+    random_control: bool = field(default=True, metadata={"help": "Fine-tune a random mask, too."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples a task."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for each other split."})
+
+
+def main(argv: list[str]) -> int:
+    """The number of targets that failed."""
+    main_process = processes().is_main  # first of all: a wrong launch must not write anything
+    model_args, args, training = parse(argv)
+    targets = find_tasks(args.targets, args.max_train_samples, args.max_eval_samples)
+    phases = Phases(quiet=not main_process)
+    dense = Subject("dense", "dense", model_args)
+
+    with phases("Load"):
+        pixels = Preprocess(load_processor(model_args))
+        source = Source.read(args.source, args, model_args, training, pixels)
+        if source.name in {task.name for task in targets}:
+            raise px.InvalidArgumentError(f"{source.name!r} is the source and a target.")
+    with phases(f"Prune on {source.name}"):
+        once = prune(dense, args, args.sparsity, training, source.labels, source.batches(), f"pruned on {source.name}")
+
+    def pruned_on(basis: str, data: ClassificationTask) -> Subject:
+        if basis == "source":
+            return once
+        if basis == "target":
+            batches, name = list(source.calibration(data)), "pruned on the target"
+        else:
+            batches, name = [*source.calibration(data, 2), *source.batches(2)], "pruned on both"
+        return prune(dense, args, args.sparsity, training, data.labels, batches, name)
+
+    def subjects_of(task: Task, data: ClassificationTask) -> list[Subject]:
+        subjects = [dense, *(pruned_on(basis, data) for basis in BASES if basis in args.prune_on)]
+        control = once.control(subjects) if args.random_control else None
+        return subjects if control is None else [*subjects, control]
+
+    evaluation = Evaluation(["finetune"], training, pixels, Path(training.output_dir), phases, model_args.cache_dir)
+    results: dict[str, Any] = {
+        "model": model_args.short_name(),
+        "pruned_here": True,
+        "notes": [
+            f"Pruned by {args.criterion_object()!r} to a sparsity of {args.sparsity:g}, on training images of "
+            f"{source.name}, of the target, or half of each.",
+            *evaluation.notes(random=args.random_control),
+        ],
+    }
+    settings = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
+    return evaluation.run(targets, subjects_of, results, settings)
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, TransferArguments, FineTuneArguments]:
+    """The three groups. **Raises** `InvalidArgumentError`."""
+    model_args, args, training = parse_groups(
+        argv,
+        (ModelArguments, TransferArguments, FineTuneArguments),
+        "accelerate launch recipes/transfer.py [--config file.yaml] [--name value ...]",
+        lambda named: (
+            {"output_dir": "outputs/transfer-{model}"}
+            | (
+                {"learning_rate": EXAMPLE["learning_rate"], "num_train_epochs": 5.0}
+                if named.model_name_or_path == EXAMPLE_MODEL
+                else {}
+            )
+        ),
+    )
+    if model_args.model_name_or_path == EXAMPLE_MODEL:
+        torch.set_num_threads(1)  # more cost more than they give for images this small, and round differently
+        if args.unlabelled_dir is None:
+            args.source = args.source or "letters"
+    if bool(args.source) == bool(args.unlabelled_dir):
+        raise px.InvalidArgumentError("Name either --source or --unlabelled_dir: what the network is pruned on once.")
+    if "mix" in args.prune_on and args.examples_per_class < 2:
+        raise px.InvalidArgumentError("--prune_on mix needs --examples_per_class of 2 or more: half of them are used.")
+    if "mix" in args.prune_on and args.criterion_object().needs_labels:
+        raise px.InvalidArgumentError(
+            f"{args.criterion} needs labels, and those of a mix belong to two heads: --prune_on source target."
+        )
+    check_sparsity(args.sparsity)
+    training.output_dir = training.output_dir.replace("{model}", Path(model_args.model_name_or_path).name)
+    training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    training.logging_strategy = IntervalStrategy.NO
+    return model_args, args, training

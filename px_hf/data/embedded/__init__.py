@@ -1,0 +1,1 @@
+"""Small real tasks that need no network: digits, letters, scenes."""

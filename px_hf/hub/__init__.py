@@ -1,0 +1,1 @@
+"""Save, load, publish: folders and repositories that stock transformers and timm load."""

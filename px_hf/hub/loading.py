@@ -1,0 +1,155 @@
+"""Load what `px_hf.hub.saving` wrote, with its zeros checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+)
+from transformers.utils import CONFIG_NAME
+
+from ..compact import CompactFile
+from ..compact.files import find, find_compact
+from ..compact.filling import fill
+from ..errors import CheckpointError, InvalidArgumentError, TargetError
+from ..masks import Masks
+from ..model.empty import build_empty
+from ..model.widths import restore_
+from . import timm_models
+
+
+def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """Load a model that `save_pretrained` wrote: the compact copy if there is one, else the dense one.
+
+    It comes back as what it was, a transformers model, or a timm model if it was saved as one. (In TimmWrapper:
+    `AutoModelForImageClassification.from_pretrained` of the same folder.) The weights are bit for bit those of the
+    dense copy, and they are checked: against their checksums, or, of a dense copy alone, against its masks.
+
+    `kwargs` are those of `AutoModelForImageClassification.from_pretrained`: `revision`, `token`, `cache_dir`,
+    `local_files_only`, `subfolder`, `dtype`, `trust_remote_code` (off by default), `attn_implementation`, entries
+    of the config. With others (`device_map`, `config`, ...) transformers itself reads the compact copy. A timm model
+    takes those of the download and `dtype`.
+
+    Raises CheckpointError if there is no such folder or repository, something in it is missing or damaged,
+    a weight of the model would not come from the file, or a pruned weight is not zero.
+    """
+    source = str(folder_or_repo_id)
+    download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
+    others = {name: value for name, value in kwargs.items() if name not in _DOWNLOAD}
+    found = find_compact(folder_or_repo_id, **download)
+    if found is None:
+        return _through_transformers(folder_or_repo_id, kwargs)
+    download |= {"subfolder": found.subfolder} | ({"revision": found.commit} if found.commit else {})
+    file = CompactFile(found.files)
+    content = _read_config(folder_or_repo_id, download)
+    if timm_models.is_timm_config(content):
+        return _timm_model(content, file, source, **others)
+
+    building = {name: others.pop(name) for name in _BUILDING if name in others}
+    trust = building.get("trust_remote_code", False)
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            folder_or_repo_id, **download, **others, trust_remote_code=trust, return_unused_kwargs=True
+        )
+    except Exception as error:  # anybody may have written it, so anything can be wrong with it
+        raise CheckpointError(f"transformers cannot load the config of {source!r}: {error}") from error
+    if unused.keys() & others.keys():
+        return _through_transformers(folder_or_repo_id, kwargs | download)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = build_empty(lambda: _auto_class(content).from_config(config, **building), source)
+    _restore_structure_(model, content, source)
+    fill(model, file, source)
+    config.name_or_path = source
+    return model.eval()
+
+
+_DOWNLOAD = ("revision", "token", "subfolder", "cache_dir", "local_files_only", "force_download")
+_BUILDING = ("dtype", "trust_remote_code", "attn_implementation")
+
+
+def _auto_class(config: Mapping[str, Any]) -> Any:
+    """For image classification, or semantic segmentation if the config names such an architecture."""
+    names = config.get("architectures") or ["?"]
+    segments = isinstance(names, list) and str(names[0]).endswith("ForSemanticSegmentation")
+    return AutoModelForSemanticSegmentation if segments else AutoModelForImageClassification
+
+
+def _timm_model(
+    config: Mapping[str, Any], file: CompactFile, source: str, *, dtype: torch.dtype | None = None, **others: Any
+) -> nn.Module:
+    others.pop("trust_remote_code", None)
+    if others:
+        raise InvalidArgumentError(
+            f"{source!r} is a timm model, which {', '.join(sorted(others))} does not apply to. To load it in "
+            "transformers' TimmWrapper, use AutoModelForImageClassification.from_pretrained."
+        )
+    timm_models.check_config(config)
+    model = build_empty(lambda: timm_models.build(config), source)
+    _restore_structure_(model, config, source)
+    fill(model, file, source, stored_dtypes=True)
+    return model.to(dtype).eval()
+
+
+def _restore_structure_(model: nn.Module, config: Mapping[str, Any], source: str) -> None:
+    px = config.get("px")
+    if isinstance(px, Mapping) and "structure" in px:
+        restore_(model, px["structure"], source)
+
+
+def _read_config(folder_or_repo_id: str | os.PathLike[str], download: Mapping[str, Any]) -> dict[str, Any]:
+    path = find(folder_or_repo_id, CONFIG_NAME, **download)
+    try:
+        if path is None:
+            raise OSError("it is missing")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        if content.get("model_type") == "timm_wrapper":
+            timm_models.check_config(content)
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        where = "/".join(filter(None, [str(folder_or_repo_id), download.get("subfolder"), CONFIG_NAME]))
+        raise CheckpointError(f"Cannot load {where}: {error}") from error
+
+
+def _through_transformers(folder_or_repo_id: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Load with stock `from_pretrained`, and check what came."""
+    masks = Masks.from_pretrained(folder_or_repo_id, **{k: v for k, v in kwargs.items() if k in _DOWNLOAD})
+    try:
+        found = _read_config(folder_or_repo_id, {k: v for k, v in kwargs.items() if k in _DOWNLOAD})
+        model, info = _auto_class(found).from_pretrained(folder_or_repo_id, **kwargs, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"transformers cannot load {str(folder_or_repo_id)!r}: {error}") from error
+    unfilled = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    if unfilled:
+        raise CheckpointError(
+            f"{len(unfilled)} parameters of {type(model).__name__} are not in {str(folder_or_repo_id)!r} or have "
+            f"another shape there, for example {min(unfilled)!r}: they would be random. To give the model another "
+            "head, load it with transformers and its masks with Masks.from_pretrained."
+        )
+    try:
+        revived = masks.revived(model)
+    except TargetError as error:
+        written_by = (getattr(model.config, "px", None) or {}).get("versions")
+        raise CheckpointError(
+            f"The masks of {str(folder_or_repo_id)!r} are not about its model: {error} (Written by {written_by}; "
+            f"this is transformers {transformers.__version__}.)"
+        ) from error
+    if revived:
+        raise CheckpointError(
+            f"{sum(revived.values())} weights of {str(folder_or_repo_id)!r} that its masks prune are not "
+            f"zero, for example in {next(iter(revived))!r}: weights and masks do not belong together."
+        )
+    return model

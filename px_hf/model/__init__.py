@@ -1,0 +1,1 @@
+"""What we ask of a model: its inputs, its prunable weights, its modes, its sizes."""

@@ -1,0 +1,47 @@
+"""The pretrained backbone of a recipe: its image processor, and the model with a head for the task."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+    set_seed,
+)
+
+import px_hf as px
+
+from .arguments import FineTuneArguments, ModelArguments
+
+
+def load_processor(model_args: ModelArguments) -> BaseImageProcessor:
+    """The image processor that comes with the backbone."""
+    name = model_args.model_name_or_path
+    try:
+        return AutoImageProcessor.from_pretrained(name, **model_args.hub())
+    except (OSError, ValueError) as error:
+        raise px.CheckpointError(f"Cannot load the image processor of {name}: {error}") from error
+
+
+def load_model(model_args: ModelArguments, labels: list[str] | None, training: FineTuneArguments) -> PreTrainedModel:
+    """The backbone with a head for `labels` (None: its own); the same weights, also random ones, on every call."""
+    set_seed(training.seed)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))  # also sets num_labels
+        config.label2id = {name: k for k, name in enumerate(labels)}
+        if hasattr(config, "label_names"):
+            config.label_names = list(labels)  # timm's, which TimmWrapper would save instead
+    if getattr(config, "model_args", None):
+        config.model_args.pop("num_classes", None)  # written by timm's push_to_hub, and refused by TimmWrapper
+    model = AutoModelForImageClassification.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+        **model_args.hub(),
+    )
+    return model.to(training.device)

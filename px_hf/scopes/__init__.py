@@ -1,0 +1,1 @@
+"""What competes with what when weights are chosen, one scope a file."""

@@ -1,0 +1,1 @@
+"""What criteria score with: the network with masks, the network of path sums, exact sums over processes."""
