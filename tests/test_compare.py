@@ -21,7 +21,7 @@ import px_hf as px
 from px_hf.commands import compare_criteria
 from px_hf.comparison import cell as comparison_cell
 from px_hf.comparison import prepared as comparison_data
-from px_hf.comparison import table as comparison_report
+from px_hf.comparison import results as comparison_report
 
 RECIPE = str(RECIPES / "compare_criteria.py")
 METHODS = ["magnitude", "random:seed=3", "snip:rounds=1", "wanda:control=shuffle"]

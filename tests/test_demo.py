@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from pretrain_demo import Arguments, main
+from pretrain import Arguments, main
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
