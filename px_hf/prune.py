@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import select_nm
 from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
 from .masks import Masks
-from .model.example import example_of
 from .model.inputs import Batches, inputs_of
 from .model.targets import prunable, unwrap
-from .select import check_count, check_min_layer_density, check_selection, check_sparsity, select_step
-from .structured.choose import STRUCTURED, check_reachable, choose_units
-from .structured.heads import with_counts
-from .structured.units import Family, trace_units
+from .scopes import Scope, as_scope, check_min_layer_density, check_sparsity
 
 
 def prune(
@@ -31,7 +26,7 @@ def prune(
     *,
     sparsity: float,
     rounds: int = 100,
-    scope: str | None = None,
+    scope: str | Scope | None = None,
     prune_head: bool = False,
     min_layer_density: float = 0.0,
     progress: bool = True,
@@ -57,14 +52,13 @@ def prune(
         criterion: what to score by, for example ``PX()``, ``Magnitude()``.
         sparsity: fraction of the prunable weights to prune, in [0, 1).
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
-        scope: ``"global"`` ranks all weights together, ``"layer"`` prunes every layer alike, ``"row"`` every
-            output of every layer. ``"n:m"``, such as ``"2:4"``, keeps at most n of every m consecutive inputs of
-            an output (`px_hf.select_nm`): exactly n with sparsity 1 - n/m, fewer with a higher one, which is then
-            ranked over all weights; in every round the n best of each group stay as long as the budget allows.
-            Layers with fewer inputs than m (a stem on 3 colours, depthwise convolutions) stay dense and have no
-            masks. ``"structured"`` prunes whole units, hidden units, heads and channels, which `px_hf.shrink` takes
-            out, ``"structured:uniform"`` hidden units and channels, the same share of every layer
-            (docs/STRUCTURED.md). Default: the criterion's own, which is ``"global"`` for most.
+        scope: what competes with what (docs/SCOPES.md), as text or as an object of `px_hf.scopes`. ``"global"`` ranks
+            all weights together, ``"layer"`` prunes every layer alike, ``"row"`` every output of every layer.
+            ``"n:m"``, such as ``"2:4"``, keeps at most n of every m consecutive inputs of an output: exactly n with
+            sparsity 1 - n/m, fewer with a higher one, which is then ranked over all weights; layers with fewer inputs
+            than m stay dense and have no masks. ``"structured"`` prunes whole units, hidden units, heads and channels,
+            which `px_hf.shrink` takes out, ``"structured:uniform"`` hidden units and channels, the same share of
+            every layer. Default: the criterion's own, which is ``"global"`` for most.
         prune_head: also prune the classifier head.
         min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
             [0, 1 - sparsity], against layers that are pruned empty; with a structured scope, of its units.
@@ -83,72 +77,106 @@ def prune(
         NonFiniteError: the model's output or a score is not finite.
         LaunchError: several processes that do not know of each other, or that were given different models.
     """
-    scope = _validate(criterion, sparsity, rounds, scope)
-    check_min_layer_density(min_layer_density, sparsity)
-    model = unwrap(model)
-    targets: Mapping[str, Tensor] = prunable(model, prune_head)
-    if pattern := select_nm.parse(scope):
-        targets = select_nm.in_groups(model, targets, pattern[1])
-        check_count(scope, sparsity, targets)
-    _require_finite(targets)
-    group = processes()
-    rounds = rounds if criterion.iterative else 1
-    families: list[Family] = []
-    if scope in STRUCTURED:
-        families = _units(model, batches, targets)
-        check_reachable(families, targets, scope=scope, sparsity=sparsity, min_layer_density=min_layer_density)
-    if group.world_size > 1:
-        _require_agreement(model, batches if criterion.needs_data else None)
-    masks: Masks | None = None
+    pruning = Rounds(
+        model, batches, criterion, sparsity=sparsity, rounds=rounds, scope=scope, prune_head=prune_head,
+        min_layer_density=min_layer_density,
+    )  # fmt: skip
     title = f"Pruning with {type(criterion).__name__}"
-    criterion = criterion.begin()
-    for t in tqdm(range(1, rounds + 1), desc=title, unit="round",
-                  disable=not (progress and group.is_main)):  # fmt: skip
-        scores = criterion.score(model, batches, masks=None if masks is None else masks.tensors, prune_head=prune_head)
-        target = sparsity if t == rounds else 1 - (1 - sparsity) ** (t / rounds)
-        scores = {name: score for name, score in scores.items() if name in targets}
-        if families:
-            masks = choose_units(
-                scores, families, sparsity=target, scope=scope, within=masks, min_layer_density=min_layer_density,
-                power=criterion.unit_power or 1,
-            )  # fmt: skip
-        else:
-            masks = select_step(scores, target, scope, masks, min_layer_density, final=t == rounds)
-    assert masks is not None
-    if group.is_main:
-        _warn_of_empty_layers(masks.tensors, 1 - sparsity)
-    return masks
+    for _ in tqdm(range(pruning.count), desc=title, unit="round",
+                  disable=not (progress and processes().is_main)):  # fmt: skip
+        pruning.step()
+    assert pruning.masks is not None
+    return pruning.masks
 
 
-def check_scope(scope: str) -> None:
-    """InvalidArgumentError unless `prune` knows `scope`."""
-    if scope not in STRUCTURED:
-        check_selection(scope)
+class Rounds:
+    """The rounds of one pruning: all at once in `prune`, or with something else in between.
+
+    Arguments and errors are those of `prune`. Settings, weights and units are checked, and that all processes agree,
+    when the object is made; `step` makes the next round.
+
+    Args:
+        repeat: make all rounds also for a criterion whose scores no round changes, which needs one: what comes in
+            between, such as training, changes them.
+
+    Attributes:
+        count: T, how many rounds there are.
+        done: t, how many have been made.
+        masks: what round t left; None before the first.
+        targets: name -> the weights that may be pruned.
+        scope: what chooses, with what it knows of the model.
+        criterion: what scores, with what it remembers of the rounds before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        criterion: Criterion,
+        *,
+        sparsity: float,
+        rounds: int,
+        scope: str | Scope | None = None,
+        prune_head: bool = False,
+        min_layer_density: float = 0.0,
+        repeat: bool = False,
+    ) -> None:
+        found = check_settings(criterion, sparsity, rounds, scope, min_layer_density)
+        self.model = unwrap(model)
+        self.targets = found.targets(self.model, prunable(self.model, prune_head))
+        _require_finite(self.targets)
+        self.scope = found.begin(self.model, batches, self.targets, criterion)
+        self.scope.check_budget(self.targets, sparsity, min_layer_density)
+        self.batches, self.sparsity, self.prune_head = batches, sparsity, prune_head
+        self.min_layer_density = min_layer_density
+        self.count = rounds if repeat or criterion.iterative else 1
+        self.done = 0
+        self.masks: Masks | None = None
+        if processes().world_size > 1:
+            _require_agreement(self.model, batches if criterion.needs_data else None)
+        self.criterion = criterion.begin()
+
+    def step(self) -> Masks:
+        """Score the network as it is now, with the masks so far, and prune it to ``1 - (1 - sparsity)^(t/T)``."""
+        t = self.done + 1
+        final = t == self.count
+        scores = self.criterion.score(
+            self.model,
+            self.batches,
+            masks=None if self.masks is None else self.masks.tensors,
+            prune_head=self.prune_head,
+        )
+        self.masks = self.scope.choose(
+            {name: score for name, score in scores.items() if name in self.targets},
+            self.sparsity if final else 1 - (1 - self.sparsity) ** (t / self.count),
+            within=self.masks,
+            min_layer_density=self.min_layer_density,
+            final=final,
+        )
+        self.done = t
+        if final and processes().is_main:
+            _warn_of_empty_layers(self.masks.tensors, 1 - self.sparsity)
+        return self.masks
 
 
-def _validate(criterion: Criterion, sparsity: float, rounds: int, scope: str | None) -> str:
-    """The scope to use."""
+def check_settings(
+    criterion: Criterion, sparsity: float, rounds: int, scope: str | Scope | None, min_layer_density: float = 0.0
+) -> Scope:
+    """The scope to use, if the settings of `prune` are right whatever the model.
+
+    Raises:
+        InvalidArgumentError: they are not.
+    """
     if not isinstance(criterion, Criterion):
         hint = f"{criterion.__name__}()" if isinstance(criterion, type) else "px.PX()"
         raise InvalidArgumentError(f"criterion={criterion!r} is not a criterion; expected an object such as {hint}.")
     check_sparsity(sparsity)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
-    scope = criterion.scope if scope is None else scope
-    check_scope(scope)
-    if scope in STRUCTURED and criterion.unit_power is None:
-        raise InvalidArgumentError(
-            f"the scores of {type(criterion).__name__} rank weights and cannot be added up to those of units, which "
-            f"scope={scope!r} needs. Use another criterion, such as px.PX()."
-        )
-    return scope
-
-
-def _units(model: nn.Module, batches: Batches, targets: Mapping[str, Tensor]) -> list[Family]:
-    """The units that can be pruned, found by running the model on one image of ``batches``, or on zeros."""
-    batch = next(iter(batches), None) if not isinstance(batches, Iterator) else None
-    inputs = example_of(model, batch)
-    return with_counts(model, inputs, trace_units(model, inputs, targets))
+    found = as_scope(criterion.scope if scope is None else scope)
+    found.check_criterion(criterion)
+    check_min_layer_density(min_layer_density, sparsity)
+    return found
 
 
 def _require_agreement(model: nn.Module, batches: Batches | None) -> None:
@@ -194,5 +222,5 @@ def _warn_of_empty_layers(masks: Mapping[str, Tensor], density: float) -> None:
             f"{empty} layer(s) lost all their weights and {len(poor) - empty} nearly all (under {_NEARLY_EMPTY:.0%} "
             f"of the density asked for): {', '.join(poor[:8])}{' ...' if len(poor) > 8 else ''}. Pass "
             "min_layer_density, use more rounds or scope='layer', or prune less.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -20,7 +20,7 @@ FLOORS = [
     ["scoring", "report", "controls", "data", "keep", "export", "kernels"],
     ["criteria", "structured", "evaluation", "downstream"],
     ["scopes"],
-    ["select", "select_nm"],
+    ["select"],
     ["prune"],
     ["hub"],
     ["trainer"],

@@ -1,6 +1,5 @@
 """select against a slow stable sort, on scores full of ties; and the edges of its arguments."""
 
-import importlib
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from px_hf.errors import InvalidArgumentError, NonFiniteError, TargetError
 from px_hf.masks import Masks
-from px_hf.select import SCOPES, select
+from px_hf.scopes import ranking
+from px_hf.select import select
 
-# px_hf.select is the function, which has taken the module's name in the package.
-select_module = importlib.import_module("px_hf.select")
+SCOPES = ("global", "layer", "row")
 
 DEVICES = [
     "cpu",
@@ -117,7 +116,7 @@ SHAPES = [(3, 4, 2), (1,), (), (0, 5), (17,), (5, 2, 2, 2)]
 def test_against_a_stable_sort(dtypes, values, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     for case in range(8):
-        monkeypatch.setattr(select_module, "_CHUNK", [2**20, 7, 5, 23][case % 4])
+        monkeypatch.setattr(ranking, "_CHUNK", [2**20, 7, 5, 23][case % 4])
         scores = {f"layer{i}": values(generator, shape, dtypes[i % len(dtypes)]) for i, shape in enumerate(SHAPES)}
         sparsity = [0.0, 0.5, 0.9, 0.99, float(torch.rand((), generator=generator))][case % 5]
         within = (

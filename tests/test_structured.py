@@ -28,7 +28,7 @@ import px_hf as px
 from px_hf.errors import InvalidArgumentError, TargetError
 from px_hf.model.inputs import Inputs, run
 from px_hf.model.targets import prunable
-from px_hf.structured.choose import choose_units, unit_scores
+from px_hf.scopes.units import UnitsOfModel, unit_scores
 from px_hf.structured.heads import with_counts
 from px_hf.structured.units import Family, trace_units, unread
 
@@ -319,7 +319,7 @@ def test_the_best_units_are_kept_for_what_they_cost() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
     (family,) = units_of(model, torch.randn(1, 3))
     scores = {"0.weight": torch.rand(4, 3), "2.weight": torch.rand(2, 4)}
-    masks = choose_units(scores, [family], sparsity=0.5)
+    masks = UnitsOfModel(families=(family,)).choose(scores, 0.5)
     value = scores["0.weight"].sum(1) + scores["2.weight"].sum(0)
     best = max(torch.combinations(torch.arange(4)).tolist(), key=lambda units: float(value[units].sum()))
     assert masks["2.weight"].all(0).nonzero().flatten().tolist() == sorted(best)
@@ -329,8 +329,9 @@ def test_a_pruned_unit_stays_pruned() -> None:
     model, images = build("hf resnet")
     families = units_of(model, images, prune_head=False)
     scores = px.Random(seed=1).score(model)
-    first = choose_units(scores, families, sparsity=0.2)
-    second = choose_units(px.Random(seed=2).score(model), families, sparsity=0.4, within=first)
+    scope = UnitsOfModel(families=tuple(families))
+    first = scope.choose(scores, 0.2)
+    second = scope.choose(px.Random(seed=2).score(model), 0.4, within=first)
     assert first.sparsity < second.sparsity
     assert all(not bool((second[name] & ~first[name]).any()) for name in first)
 

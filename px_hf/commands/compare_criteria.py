@@ -29,7 +29,7 @@ from ..comparison.cell import DENSE, Budget, Cell, Method, run_cell
 from ..comparison.prepared import prepare, short
 from ..comparison.results import append_line, markdown, plot, read_lines
 from ..runs.arguments import EXAMPLE_MODEL, parse_groups
-from ..select import check_sparsity
+from ..scopes import check_sparsity
 
 
 @dataclass

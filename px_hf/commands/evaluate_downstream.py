@@ -28,7 +28,7 @@ from ..runs.evaluate_tasks import Evaluation
 from ..runs.pruning_source import Source, SourceArguments
 from ..runs.subjects import Subject, dense_and_pruned, prune
 from ..runs.tasks import find_tasks
-from ..select import check_sparsity
+from ..scopes import check_sparsity
 
 
 @dataclass

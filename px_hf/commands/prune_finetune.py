@@ -44,8 +44,7 @@ from ..runs.folder import (
     write_json,
 )
 from ..runs.sparse_backbone import is_sparse, kept_masks
-from ..select import check_sparsity
-from ..structured.choose import STRUCTURED
+from ..scopes import as_scope, check_sparsity
 
 
 def main(argv: list[str]) -> None:
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
     model_args, data_args, prune_args, training = parse(argv)
     criterion, out = prune_args.criterion_object(), Path(training.output_dir)
     check_sparsity(prune_args.sparsity)
-    units = prune_args.scope in STRUCTURED and not prune_args.keep_masks
+    units = as_scope(prune_args.scope).whole_units and not prune_args.keep_masks
     phases = Phases(quiet=not main_process)
     checkpoint = find_checkpoint(out, training.resume_from_checkpoint)
     claim(out, training.overwrite_output_dir, checkpoint)

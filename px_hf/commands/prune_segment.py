@@ -39,7 +39,7 @@ from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, S
 from ..runs.console import Phases
 from ..runs.folder import RUN_FILE, begin, check_same_run, claim, find_checkpoint, write_json
 from ..runs.segment_model import load_map_processor, load_model
-from ..select import check_sparsity
+from ..scopes import check_sparsity
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ..runs.evaluate_tasks import Evaluation
 from ..runs.pruning_source import Source, SourceArguments
 from ..runs.subjects import Subject, prune
 from ..runs.tasks import Task, find_tasks
-from ..select import check_sparsity
+from ..scopes import check_sparsity
 
 BASES = ("source", "target", "mix")
 

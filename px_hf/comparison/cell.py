@@ -23,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 import px_hf as px
 
 from ..controls import CONTROLS, apply_control_
-from ..prune import check_scope
+from ..scopes import as_scope
 from .prepared import Pixels, Task, load, set_head_
 
 DENSE = "dense"
@@ -73,7 +73,7 @@ class Method:
 
     def _check(self, text: str) -> None:
         try:
-            check_scope(self.scope)
+            as_scope(self.scope)
         except px.InvalidArgumentError as error:
             raise px.InvalidArgumentError(f"Method {text!r}: {error}") from error
         if self.control not in CONTROLS:

@@ -22,8 +22,7 @@ import px_hf as px
 
 from ..controls import CONTROLS
 from ..data import DataSource
-from ..prune import check_scope
-from ..structured.choose import STRUCTURED
+from ..scopes import as_scope
 
 DEMO_MODELS = Path(__file__).resolve().parents[2] / "recipes" / "demo"
 """The pretrained backbones that come with the repository."""
@@ -164,7 +163,7 @@ class ScoringArguments:
 
     def __post_init__(self) -> None:
         if self.scope is not None:
-            check_scope(self.scope)
+            as_scope(self.scope)
 
     def criterion_object(self) -> px.Criterion:
         """The criterion of that name, with `power`. **Raises** `InvalidArgumentError` if it takes none."""
@@ -271,14 +270,14 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise px.InvalidArgumentError(
             f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
         )
-    if prune.scope in STRUCTURED and prune.control != "none":
+    if prune.scope is not None and as_scope(prune.scope).whole_units and prune.control != "none":
         raise px.InvalidArgumentError(f"--control changes single weights, and --scope {prune.scope} whole units.")
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
         prune.min_layer_density, prune.control, prune.scope = 0.0, "none", None
     prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
     mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
-    mask += f"-{prune.scope.replace(':', '-')}" if prune.scope in STRUCTURED else ""
+    mask += f"-{prune.scope.replace(':', '-')}" if as_scope(prune.scope).whole_units else ""
     mask += "" if prune.control == "none" else f"-{prune.control}"
     mask = "kept" if prune.keep_masks else mask
     names = {"model": Path(model.model_name_or_path).name, "data": data.short_name(), "mask": mask}

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..structured.choose import STRUCTURED
+from ..scopes import as_scope
 
 _CAPTIONS = {
     False: "Effective: what a sparse runtime could skip. Dense kernels do not get faster.",
@@ -43,7 +43,7 @@ class Phases:
         table = Table(
             title=str(out),
             title_justify="left",
-            caption=_CAPTIONS[results.get("scope") in STRUCTURED],
+            caption=_CAPTIONS["scope" in results and as_scope(results["scope"]).whole_units],
             caption_justify="left",
             show_header=compared,
         )

@@ -7,14 +7,12 @@ synchronisations on CUDA. Compared alternatives run in turn, and the median of t
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,7 @@ import px_hf as px
 from px_hf.criteria.px import NUMBERS_AT_A_TIME
 from px_hf.model.inputs import Inputs
 from px_hf.ops.tracer import zeroed
-from px_hf.select import select_step
+from px_hf.scopes import Global
 
 VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TINY_VIT = {
@@ -150,6 +148,19 @@ class _TimedPX(px.PX):
         return scores
 
 
+@dataclass(frozen=True)
+class _TimedGlobal(Global):
+    """Scope "global", and the seconds of each selection."""
+
+    spent: list[float] = field(default_factory=list)
+
+    def choose(self, scores: Mapping[str, Tensor], sparsity: float, **settings: Any) -> px.Masks:
+        found: list[px.Masks] = []
+        device = next(iter(scores.values())).device.type
+        self.spent.append(seconds(lambda: found.append(Global.choose(self, scores, sparsity, **settings)), device))
+        return found[0]
+
+
 def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rounds: int) -> dict[str, Any]:
     """Seconds of ``rounds`` rounds of Eq. 9 to 90 % sparsity, extrapolated from a pruning in ``measured`` rounds.
 
@@ -158,18 +169,10 @@ def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rou
     """
     device = images.device.type
     batches = list(images.split(batch_size))
-    selections: list[float] = []
-    criterion = _TimedPX()
-
-    def select(*args: Any, **kwargs: Any) -> px.Masks:
-        found: list[px.Masks] = []
-        selections.append(seconds(lambda: found.append(select_step(*args, **kwargs)), device))
-        return found[0]
-
-    with mock.patch.object(sys.modules["px_hf.prune"], "select_step", select):
-        whole = seconds(
-            lambda: px.prune(model, batches, criterion, sparsity=0.9, rounds=measured, progress=False), device
-        )
+    criterion, scope = _TimedPX(), _TimedGlobal()
+    whole = seconds(
+        lambda: px.prune(model, batches, criterion, sparsity=0.9, rounds=measured, scope=scope, progress=False), device
+    )
     masks = {name: mask.to(images.device) for name, mask in random_masks(model, 0.8).tensors.items()}
     parts = sum(1 for batch in batches for _ in Inputs(batch).parts(NUMBERS_AT_A_TIME))
     parameters = dict(model.named_parameters())
@@ -183,8 +186,8 @@ def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rou
     total = {
         "scoring": first + (rounds - 1) * statistics.mean(later) - masking,
         "masking": masking,
-        "selection": rounds * statistics.mean(selections),
-        "overhead": rounds * (whole - sum(criterion.spent) - sum(selections)) / measured,
+        "selection": rounds * statistics.mean(scope.spent),
+        "overhead": rounds * (whole - sum(criterion.spent) - sum(scope.spent)) / measured,
     }
     return {
         "images": len(images),

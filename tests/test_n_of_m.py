@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from fractions import Fraction
 
@@ -12,10 +11,8 @@ from networks import build, images, sizes
 from torch import Tensor, nn
 
 import px_hf as px
-from px_hf.select import select, select_step
-from px_hf.select_nm import parse
-
-nm_module = importlib.import_module("px_hf.select_nm")
+from px_hf.scopes import NOfM, n_of_m
+from px_hf.select import select
 
 SHAPES = {"linear": (3, 8), "conv": (4, 8, 3, 2), "wide": (2, 16), "conv1d": (3, 16, 1)}
 VALUES = {
@@ -78,7 +75,7 @@ def oracle(
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2), (3, 8)])
 @pytest.mark.parametrize("extra", [0.0, 0.1, 0.3])
 def test_against_a_slow_oracle(values, n: int, m: int, extra: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nm_module, "_CHUNK", 3 * m)
+    monkeypatch.setattr(n_of_m, "_CHUNK", 3 * m)
     generator = torch.Generator().manual_seed(0)
     scores = {name: values(shape, generator) for name, shape in SHAPES.items()}
     sparsity = round(min(0.99, 1 - n / m + extra), 4)
@@ -87,7 +84,7 @@ def test_against_a_slow_oracle(values, n: int, m: int, extra: float, monkeypatch
         found = select(scores, sparsity=sparsity, scope=f"{n}:{m}", within=within)
         assert found == px.Masks(oracle(scores, sparsity, n, m, within, final=True))
         for step in (0.0, 0.2, sparsity):
-            found = select_step(scores, step, f"{n}:{m}", within, 0.0, final=False)
+            found = NOfM(n, m).choose(scores, step, within=within, final=False)
             assert found == px.Masks(oracle(scores, step, n, m, within, final=False))
 
 
@@ -187,9 +184,9 @@ def test_layers_with_fewer_inputs_than_m_stay_dense() -> None:
         (nn.Linear(8, 5), "4:2", 0.5, px.InvalidArgumentError, "'4:2'.* 0 < n < m"),
         (nn.Linear(8, 5), "4:4", 0.5, px.InvalidArgumentError, "0 < n < m"),
         (nn.Linear(8, 5), "0:4", 0.5, px.InvalidArgumentError, "0 < n < m"),
-        (nn.Linear(8, 5), "2:4:8", 0.5, px.InvalidArgumentError, "or 'n:m', such as '2:4'"),
-        (nn.Linear(8, 5), "two:four", 0.5, px.InvalidArgumentError, "or 'n:m', such as '2:4'"),
-        (nn.Linear(8, 5), "-2:4", 0.5, px.InvalidArgumentError, "or 'n:m', such as '2:4'"),
+        (nn.Linear(8, 5), "2:4:8", 0.5, px.InvalidArgumentError, "'n:m, such as 2:4'"),
+        (nn.Linear(8, 5), "two:four", 0.5, px.InvalidArgumentError, "'n:m, such as 2:4'"),
+        (nn.Linear(8, 5), "-2:4", 0.5, px.InvalidArgumentError, "'n:m, such as 2:4'"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(model, scope, sparsity, error, message) -> None:
@@ -215,4 +212,5 @@ def test_fractions_that_floats_miss(n: int, m: int) -> None:
 
 
 def test_parse() -> None:
-    assert (parse("2:4"), parse("global"), parse("a:b"), parse("16:32")) == ((2, 4), None, None, (16, 32))
+    found = [NOfM.parse(text) for text in ("2:4", "global", "a:b", "16:32")]
+    assert found == [NOfM(2, 4), None, None, NOfM(16, 32)]

@@ -1,0 +1,126 @@
+"""What every scope has in common, and the settings that all of them take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..criteria import Criterion
+from ..errors import InvalidArgumentError
+from ..masks import Masks
+from ..model.inputs import Batches
+
+
+class Scope(ABC):
+    """What competes with what when weights are chosen: scores in, masks out. Subclasses are frozen dataclasses.
+
+    `px_hf.prune` asks, in this order: `check_criterion`, `targets`, `begin`, `check_budget`, and once a round
+    `choose`. Only `parse`, ``name`` and `choose` have to be written; docs/SCOPES.md shows a whole scope.
+
+    Attributes:
+        texts: how users write the scope, for error messages: ``("global",)``, ``("n:m, such as 2:4",)``.
+        whole_units: whether whole units are pruned, which `px_hf.shrink` can take out.
+    """
+
+    texts: ClassVar[tuple[str, ...]]
+    whole_units: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Scope | None:
+        """The scope that a text names; None for a text of another scope.
+
+        Raises:
+            InvalidArgumentError: the text is of this scope, and its numbers make no sense.
+        """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The text that `parse` turns into this scope."""
+
+    def check_criterion(self, criterion: Criterion) -> None:  # noqa: B027  (most take any)
+        """Whether the scope can use the scores of a criterion.
+
+        Raises:
+            InvalidArgumentError: it cannot.
+        """
+
+    def targets(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the prunable weights of ``model`` that the scope chooses from; the others stay dense.
+
+        Raises:
+            TargetError: there are none, or a weight has a shape that the scope is not defined for.
+        """
+        return dict(weights)
+
+    def begin(self, model: nn.Module, batches: Batches, targets: Mapping[str, Tensor], criterion: Criterion) -> Scope:
+        """What chooses in the rounds of one pruning: a scope that has to look at the model returns an object that
+        has; any other is its own."""
+        return self
+
+    def check_budget(self, targets: Mapping[str, Tensor], sparsity: float, min_layer_density: float) -> None:  # noqa: B027
+        """Whether ``sparsity`` of the weights can be pruned.
+
+        Raises:
+            InvalidArgumentError, TargetError: it cannot.
+        """
+
+    @abstractmethod
+    def choose(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        *,
+        within: Masks | None = None,
+        min_layer_density: float = 0.0,
+        final: bool = True,
+    ) -> Masks:
+        """The masks that keep what has the highest scores.
+
+        Args:
+            scores: parameter name -> scores of its shape, non-negative, finite.
+            sparsity: the fraction to prune, in [0, 1).
+            within: only weights kept there may be kept.
+            min_layer_density: the fraction of each layer that is kept in any case.
+            final: False for a step on the way to a higher sparsity, which need not look as the last one must.
+        """
+
+
+def check_sparsity(sparsity: float) -> float:
+    """``sparsity`` as a float in [0, 1).
+
+    Raises:
+        InvalidArgumentError: it is not one.
+    """
+    try:
+        value = float(sparsity)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 <= value < 1 or isinstance(sparsity, bool):
+        raise InvalidArgumentError(
+            f"sparsity is the fraction of weights to prune and must be in [0, 1), got {sparsity!r}. "
+            "To keep 10 % of the weights use 0.9."
+        )
+    return value
+
+
+def check_min_layer_density(min_layer_density: float, sparsity: float) -> float:
+    """``min_layer_density`` as a float in [0, 1 - sparsity].
+
+    Raises:
+        InvalidArgumentError: it is not one.
+    """
+    try:
+        value = float(min_layer_density)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 <= value <= 1 - sparsity + 1e-12:
+        raise InvalidArgumentError(
+            f"min_layer_density={min_layer_density!r}: expected a fraction in [0, {1 - sparsity:.6g}]: no layer can "
+            f"be sure of more than sparsity={sparsity!r} leaves of the whole."
+        )
+    return value

@@ -1,0 +1,125 @@
+"""What every scope promises: one row each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from networks import build, images
+from torch import Tensor, nn
+
+import px_hf as px
+from px_hf.scopes import SCOPES, Global, Layer, NOfM, Row, Scope, Units, as_scope
+
+ROWS = {
+    "global": Global(),
+    "layer": Layer(),
+    "row": Row(),
+    "2:4": NOfM(2, 4),
+    "1:4": NOfM(1, 4),
+    "structured": Units(),
+    "structured:uniform": Units(uniform=True),
+}
+"""Text -> the scope it names. A scope without a row fails the suite."""
+
+SPARSITY = {"1:4": 0.8, "structured:uniform": 0.3}
+"""Of the tests, where it is not a half."""
+
+
+def test_every_scope_has_a_row() -> None:
+    assert {type(scope) for scope in ROWS.values()} == set(SCOPES)
+
+
+@pytest.mark.parametrize("text", ROWS)
+def test_text_and_object_are_the_same(text: str) -> None:
+    assert as_scope(text) == ROWS[text]
+    assert as_scope(ROWS[text]) is ROWS[text]
+    assert ROWS[text].name == text
+    assert [known for known in SCOPES if known.parse(text) is not None] == [type(ROWS[text])]
+
+
+@pytest.mark.parametrize("text", ROWS)
+@pytest.mark.parametrize("name", ["hf vit", "timm resnet"])
+def test_prune_takes_both_keeps_the_budget_and_prunes_in_nested_rounds(name: str, text: str) -> None:
+    class Watched(px.PX):
+        seen: ClassVar[list[dict[str, Tensor]]] = []
+
+        def score(self, model: nn.Module, batches: object, *, masks: Mapping[str, Tensor] | None = None, **more: bool):
+            self.seen.append(dict(masks or {}))
+            return super().score(model, batches, masks=masks, **more)
+
+    Watched.seen.clear()
+    model, sparsity = build(name), SPARSITY.get(text, 0.5)
+    settings = {"sparsity": sparsity, "rounds": 3, "progress": False}
+    masks = px.prune(model, [images(2)], Watched(), scope=text, **settings)
+    assert masks == px.prune(model, [images(2)], px.PX(), scope=ROWS[text], **settings)
+    assert len(Watched.seen) == 3
+    for earlier, later in zip(Watched.seen[1:], [*Watched.seen[2:], masks], strict=True):
+        assert all(not bool((later[name] & ~earlier[name]).any()) for name in masks)
+    if ROWS[text].whole_units:
+        assert masks.sparsity <= sparsity
+        small, rest = px.shrink(model, masks, images(1))
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+        assert rest.total < masks.total
+    elif text in ("layer", "row"):
+        assert all(abs(int((~mask).sum()) - sparsity * mask.numel()) <= 0.5 for mask in masks.values())
+    else:
+        assert masks.total - masks.kept == round(sparsity * masks.total)
+
+
+@pytest.mark.parametrize("text", [text for text, scope in ROWS.items() if not scope.whole_units])
+def test_select_takes_both(text: str) -> None:
+    scores = {"a": torch.rand(4, 8), "b": torch.rand(8, 8)}
+    sparsity = SPARSITY.get(text, 0.5)
+    assert px.select(scores, sparsity=sparsity, scope=text) == px.select(scores, sparsity=sparsity, scope=ROWS[text])
+
+
+def test_a_users_own_scope() -> None:
+    @dataclass(frozen=True)
+    class OnlyFirst(Scope):
+        """Prunes the first weight alone."""
+
+        texts: ClassVar[tuple[str, ...]] = ("first",)
+
+        @classmethod
+        def parse(cls, text: str) -> Scope | None:
+            return cls() if text == "first" else None
+
+        @property
+        def name(self) -> str:
+            return "first"
+
+        def targets(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return dict(list(weights.items())[:1])
+
+        def choose(self, scores: Mapping[str, Tensor], sparsity: float, **settings: object) -> px.Masks:
+            return px.select(scores, sparsity=sparsity)
+
+    masks = px.prune(build("hf vit"), [], px.Magnitude(), sparsity=0.5, scope=OnlyFirst(), progress=False)
+    assert len(masks) == 1
+    assert masks.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        ("channel", r"Unknown scope 'channel', expected one of 'global', .*'n:m, such as 2:4'.*an object of px_hf"),
+        ("structured:units", "Unknown scope 'structured:units'"),
+        ("4:2", "scope='4:2'.*0 < n < m"),
+        (3, "Unknown scope 3"),
+        (Global, "Unknown scope <class"),
+    ],
+)
+def test_what_is_no_scope_is_refused(scope: object, message: str) -> None:
+    with pytest.raises(px.InvalidArgumentError, match=message):
+        px.prune(build("hf vit"), [], px.Magnitude(), sparsity=0.5, scope=scope)
+    with pytest.raises(px.InvalidArgumentError, match=message):
+        px.select({"a": torch.rand(4)}, sparsity=0.5, scope=scope)
+
+
+def test_units_cannot_be_chosen_from_scores_alone() -> None:
+    with pytest.raises(px.InvalidArgumentError, match=r"scores alone do not tell\. Use px\.prune"):
+        px.select({"a": torch.rand(4, 4)}, sparsity=0.5, scope="structured")
