@@ -27,7 +27,7 @@ from .errors import CheckpointError, DependencyError, InvalidArgumentError, Outp
 from .model.example import default_example
 from .model.inputs import Inputs, inputs_of, run
 from .model.modes import evaluating
-from .model.targets import unwrap
+from .model.wrappers import unwrap
 
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _MOST_BYTES = 2**31 - 2**26  # a file is one protobuf message, which ends at 2 GiB

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import masks_file
 from .errors import CheckpointError, InvalidArgumentError, TargetError
 from .masks_file import MASKS_FILE
+from .model.wrappers import named_parameters
 
 
 class Masks(Mapping[str, Tensor]):
@@ -137,7 +138,7 @@ class Masks(Mapping[str, Tensor]):
         """
         if not isinstance(model, nn.Module):
             raise TargetError(f"Masks apply to a torch.nn.Module, got {type(model).__name__}.")
-        parameters = _named_parameters(model)
+        parameters = named_parameters(model, remove_duplicate=False)
         misfits: list[str] = []
         tied: dict[nn.Parameter, str] = {}
         for name, mask in self._tensors.items():
@@ -246,18 +247,3 @@ class Masks(Mapping[str, Tensor]):
                 "the other."
             )
         return cls.load(path)
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by all of their names, as the model inside any wrapper calls them."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            break
-    # A compiled submodule puts its own level into the names.
-    return {
-        name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
-    }

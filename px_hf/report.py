@@ -24,7 +24,7 @@ from .masks import Masks
 from .model.example import default_example
 from .model.inputs import Inputs, inputs_of, run
 from .model.modes import evaluating
-from .model.targets import unwrap
+from .model.wrappers import unwrap
 
 
 @dataclass(frozen=True)

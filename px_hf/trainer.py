@@ -23,7 +23,7 @@ from .hub.saving import save_pretrained
 from .keep import MaskKeeper, keep_masks
 from .masks import Masks
 from .masks_file import MASKS_FILE
-from .model.targets import unwrap
+from .model.wrappers import unwrap
 
 
 class KeepMasks(TrainerCallback):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import InvalidArgumentError
 from ..masks import Masks
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from .page import REPORT_FILES, RESULTS_FILE, read_results
 
 

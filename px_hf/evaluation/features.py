@@ -26,7 +26,8 @@ from ..distributed import on_main, processes, raise_together
 from ..errors import DataError, PxError
 from ..model.inputs import Inputs, run
 from ..model.modes import evaluating
-from ..model.targets import PRUNABLE_LAYERS, head_modules, unwrap
+from ..model.targets import PRUNABLE_LAYERS, head_modules
+from ..model.wrappers import unwrap
 
 
 def head_inputs(model: nn.Module, split: Split, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:

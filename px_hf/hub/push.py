@@ -44,7 +44,7 @@ from torch import nn
 from ..distributed import processes
 from ..errors import HubError, InvalidArgumentError
 from ..masks import Masks
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from ..plots import plot_layer_sparsity
 from ..report import Report, report
 from ..version import __version__

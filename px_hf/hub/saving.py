@@ -37,8 +37,8 @@ from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, T
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.empty import build_empty
-from ..model.targets import unwrap
 from ..model.widths import structure_of
+from ..model.wrappers import inner_name, named_parameters, unwrap
 from ..version import __version__, commit
 from . import timm_models
 
@@ -132,10 +132,9 @@ def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _state(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """The tensors to save by the names of `masks`: tied ones once, pruned weights as +0.0."""
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-    names = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters(remove_duplicate=False)}
-    once = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters()}
-    state = {name: tensor for name, tensor in state.items() if name not in names - once or name in masks}
+    state = {inner_name(name): tensor for name, tensor in model.state_dict().items()}
+    again = named_parameters(model, remove_duplicate=False).keys() - named_parameters(model).keys()
+    state = {name: tensor for name, tensor in state.items() if name not in again or name in masks}
     for name, mask in masks.tensors.items():
         pruned = ~mask.to(state[name].device)
         if bool((state[name].signbit() & pruned).any()):  # -0.0, as multiplying by a mask gives

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, TargetError
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from .conversion import Conversion, require_some, sort_out
 
 _ROWS = 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from .conversion import Conversion, require_some, sort_out
 
 _DTYPES = (torch.float16, torch.bfloat16)

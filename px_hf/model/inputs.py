@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, NonFiniteError
+from .wrappers import paths_of_tensors
 
 Batches = Iterable[Any]
 """A re-iterable of batches: a list, a DataLoader. A batch is a tensor [N, C, H, W], a pair
@@ -131,6 +132,25 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
             f"{type(model).__name__} returned {shape}; expected a tensor [N, K] or an output with .logits."
         )
     return logits
+
+
+def run_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """`run`, with ``tensors`` in place of the parameters and buffers of those names."""
+    paths = paths_of_tensors(model)
+    return torch.func.functional_call(
+        _Run(model), {f"model.{paths[name]}": tensor for name, tensor in tensors.items()}, (inputs,)
+    )
+
+
+class _Run(nn.Module):
+    """`run` as a module, so that its parameters can be passed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return run(self.model, inputs)
 
 
 def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
