@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import masks_file
-from .errors import CheckpointError, InvalidArgumentError, TargetError
+from .errors import CheckpointError, InvalidArgumentError, TargetError, listed
 from .masks_file import MASKS_FILE
 from .model.wrappers import named_parameters
 
@@ -152,10 +152,9 @@ class Masks(Mapping[str, Tensor]):
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
                 misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
         if misfits:
-            shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
             raise TargetError(
                 f"The masks do not fit the model ({type(model).__name__}), nothing was changed: "
-                f"{len(misfits)} of {len(self)} masks: {shown}. Masks belong to the "
+                f"{len(misfits)} of {len(self)} masks: {listed(misfits, 10, '; ')}. Masks belong to the "
                 "architecture that they were made for: use the model they came from, or prune this one."
             )
         return {name: parameters[name] for name in self._tensors}

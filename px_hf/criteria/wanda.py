@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import TargetError
+from ..errors import TargetError, listed
 from ..model.inputs import Inputs
 from ..ops.registry import DECOMPOSITIONS, SHAPE_OPS
 from ..scoring.given import Given
@@ -63,8 +63,8 @@ class Wanda(Criterion):
             total = network.total(given.batches, squares)
         if network.left_out:
             raise TargetError(
-                f"no linear layer or convolution was called with the weight(s) {', '.join(list(network.left_out)[:8])}"
-                ", so their inputs are unknown. Use a criterion that needs no inputs (Magnitude)."
+                f"no linear layer or convolution was called with the weight(s) {listed(network.left_out)}, so "
+                "their inputs are unknown. Use a criterion that needs no inputs (Magnitude)."
             )
         return network.scores({name: network.weights[name].abs() * t.sqrt() for name, t in total.items()})
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from px_hf.errors import DataError
-
+from ..errors import DataError, listed
 from .split import Pixels, Split
 
 
@@ -98,7 +97,7 @@ def class_balanced(
         raise DataError(
             f"{examples_per_class} calibration examples per class were asked for, but {len(short)} of "
             f"{len(labels)} classes have fewer in split {split!r}: "
-            f"{', '.join(short[:12])}{', ...' if short[12:] else ''}. "
+            f"{listed(short, 12)}. "
             "Ask for fewer (examples_per_class) or add examples."
         )
     rng = np.random.default_rng(seed)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
-from px_hf.distributed import processes, raise_together
-from px_hf.errors import PxError
-
+from ..distributed import processes, raise_together
+from ..errors import PxError
 from .segmentation import MapSplit
 from .split import Split
 

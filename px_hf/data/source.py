@@ -9,7 +9,8 @@ from datasets import Dataset, DatasetDict, Features, load_dataset, load_dataset_
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
-from px_hf.errors import DataError
+from ..errors import DataError
+from .columns import names_in
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _require_own_names(files: list[str], raw: DatasetDict) -> None:
             if names and column in used and list(getattr(used[column], "names", None) or names) != list(names):
                 raise DataError(
                     f"{file} has other classes in column {column!r} than the other splits, or another order: "
-                    f"{list(names)[:12]} instead of {list(used[column].names)[:12]}."
+                    f"[{names_in(names)}] instead of [{names_in(used[column].names)}]."
                 )
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from px_hf.errors import DataError
+from ..errors import DataError
 
 Pixels = Callable[[list[Image.Image]], torch.Tensor]
 """From n RGB images to `[n, 3, H, W]`."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, listed
 from ..masks_file import MASKS_FILE
 from ..report import Report
 
@@ -251,7 +251,7 @@ def _weights(files: Mapping[str, int]) -> list[tuple[str, str, str]]:
     for start, what in _FILES.items():
         names = [name for name in sorted(files) if name.startswith(start) and name.endswith(".safetensors")]
         if names:
-            shown = f"`{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "")
+            shown = listed((f"`{name}`" for name in names), 1)
             rows.append((shown, _size(sum(files[name] for name in names)), what))
     return rows
 

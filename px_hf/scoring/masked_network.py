@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..distributed import processes
-from ..errors import NonFiniteError, TargetError
+from ..errors import NonFiniteError, TargetError, listed
 from ..model.inputs import Batches, Inputs, inputs_of, require_finite, run_with
 from ..model.modes import evaluating, full_precision
 from ..model.wrappers import named_buffers, named_parameters
@@ -100,7 +100,7 @@ class MaskedNetwork:
         if not total:
             raise TargetError(
                 f"the output of {type(self.model).__name__} does not depend on any of its prunable weights: "
-                f"{_shown(list(self.weights))}."
+                f"{listed(self.weights)}."
             )
         sum_aligned_(total, 0 if mine else None)
         return total
@@ -123,7 +123,7 @@ class MaskedNetwork:
         if left_out and processes().is_main:
             warnings.warn(
                 f"{len(left_out)} prunable weight(s) get no score and stay dense, because the output does not "
-                f"depend on them: {_shown(left_out)}.",
+                f"depend on them: {listed(left_out)}.",
                 stacklevel=4,
             )
         largest = max(float(value.abs().max()) for value in values.values())
@@ -151,7 +151,3 @@ def _add_(total: Tensors, terms: Tensors) -> None:
             total[name].add_(term)
         else:
             total[name] = term.detach().to(torch.float64, copy=True)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

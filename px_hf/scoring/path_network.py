@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, TargetError
+from ..errors import NonFiniteError, TargetError, listed
 from ..model.inputs import Inputs, run, run_with
 from ..model.modes import full_precision
 from ..model.wrappers import named_parameters
@@ -120,13 +120,13 @@ class PathNetwork:
         lost = self._influential(acting, inputs) if acting else []
         if lost:
             raise TargetError(
-                f"the output depends on {len(lost)} prunable weight(s) that no path leads through: {_shown(lost)}. "
+                f"the output depends on {len(lost)} prunable weight(s) that no path leads through: {listed(lost)}. "
                 "They act only through a factor that the op rules freeze. Keep them out of pruning, or use a "
                 "criterion that needs no paths (Magnitude)."
             )
         self.left_out |= dict.fromkeys(names)
         if len(self.left_out) == len(self.squares):
-            raise TargetError(f"no path leads through any of the prunable weights: {_shown(names)}.")
+            raise TargetError(f"no path leads through any of the prunable weights: {listed(names)}.")
 
     def _influential(self, names: list[str], inputs: Inputs) -> list[str]:
         """Those of the targets that the network's own output depends on."""
@@ -143,7 +143,7 @@ class PathNetwork:
             warnings.warn(
                 f"{len(self.left_out)} prunable weight(s) get no score and stay dense, because no path leads through "
                 f"them (their output is not used, or their input does not depend on the images): "
-                f"{_shown(list(self.left_out))}.",
+                f"{listed(self.left_out)}.",
                 stacklevel=5,
             )
 
@@ -201,7 +201,3 @@ class PathScores:
             for score in scores.values():
                 score *= 2.0**factor
         return scores
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
