@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .atomic import whole
 from .errors import CheckpointError, DependencyError, InvalidArgumentError, OutputExistsError, UnsupportedOpError
 from .model.example import default_example
 from .model.inputs import Inputs, inputs_of, run
@@ -69,12 +69,7 @@ def export_onnx(
     if example is None and (example := default_example(model)) is None:
         raise InvalidArgumentError("The model's configuration names no image size. Pass example=images.")
     images = next(inputs_of([example], model)).images[:1]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as undo:
-        undo.callback(unfinished.unlink, missing_ok=True)
-        undo.enter_context(evaluating(model))
-        undo.enter_context(torch.no_grad())
+    with whole(path) as unfinished, evaluating(model), torch.no_grad():
         _write(model, images, unfinished)
         difference = _largest_difference(model, images, unfinished)
         if not difference <= tolerance:
@@ -82,7 +77,6 @@ def export_onnx(
                 f"The exported {type(model).__name__} gives other logits than the model: they differ by "
                 f"{difference:.3g} of the largest, more than {tolerance:g}. Nothing was written to {path}."
             )
-        os.replace(unfinished, path)
     return Export(path, path.stat().st_size, difference)
 
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import masks_file
+from .atomic import whole
 from .errors import CheckpointError, InvalidArgumentError, TargetError, listed
 from .masks_file import MASKS_FILE
 from .model.wrappers import named_parameters
@@ -185,15 +186,8 @@ class Masks(Mapping[str, Tensor]):
 
         The file appears whole or not at all, and the same masks always give the same bytes.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = masks_file.written(self._tensors)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_bytes(content)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole(path) as unfinished:
+            unfinished.write_bytes(masks_file.written(self._tensors))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:

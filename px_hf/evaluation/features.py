@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..atomic import whole
 from ..data import Preprocess, Split
 from ..distributed import on_main, processes, raise_together
 from ..errors import DataError, PxError
@@ -109,10 +111,8 @@ class FeatureCache:
             return kept
         computed = features()
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            save_file({"features": np.ascontiguousarray(computed)}, unfinished)
-            os.replace(unfinished, path)
+            with whole(path) as unfinished:
+                save_file({"features": np.ascontiguousarray(computed)}, unfinished)
         return computed if main else None
 
 
@@ -125,8 +125,6 @@ def _read(path: Path) -> np.ndarray | None:
 
 def features_key(model: nn.Module, split: Split, batch_size: int) -> str:
     """SHA-256 of weights, configuration, images, image processor and versions: all that features depend on."""
-    import transformers
-
     digest = hashlib.sha256()
     for name, tensor in unwrap(model).state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from ..atomic import beside, remove
 from ..compact import write_compact
 from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
@@ -90,11 +91,9 @@ def save_pretrained(
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file. Choose another name for the folder.")
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    sparse = unfinished / SPARSE_FOLDER
-    sparse.mkdir(parents=True)
-    try:
+    with beside(folder) as unfinished:
+        sparse = unfinished / SPARSE_FOLDER
+        sparse.mkdir(parents=True)
         state = _state(model, masks)
         _save_dense(model, state, unfinished, max_shard_size)
         write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size)
@@ -110,8 +109,6 @@ def save_pretrained(
         for code in unfinished.glob("*.py"):  # of a model that is not one of transformers' own
             shutil.copy(code, sparse)
         _move(unfinished, folder, overwrite)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 _QUANTIZATION = {"quant_method": QUANT_METHOD, "version": VERSION, "dequantize": True}
@@ -209,5 +206,5 @@ def _move(source: Path, folder: Path, overwrite: bool) -> None:
         path.unlink(missing_ok=True)
     for path in sorted(targets, key=lambda path: path.name == CONFIG_NAME):
         if targets[path].is_dir():
-            shutil.rmtree(targets[path])
+            remove(targets[path])
         os.replace(path, targets[path])
