@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -54,8 +54,6 @@ class Fitted:
 
 class Probe(ABC):
     """A classifier on frozen features. Subclasses are frozen dataclasses that hold the grid of their one setting."""
-
-    name: ClassVar[str]
 
     @abstractmethod
     def fit(self, train: Examples, validation: Examples, num_classes: int) -> Fitted:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..metrics import metric_path
+from ..metrics.mean_iou.mean_iou import from_confusion
 from .intervals import bootstrap, unit_counts, wilson
 
 
@@ -72,8 +73,6 @@ def segmentation_scores(confusions: np.ndarray, *, seed: int = 0) -> dict[str, S
 
     The interval is for other images of the same kind: a bootstrap over images, since pixels are not independent.
     """
-    from ..metrics.mean_iou.mean_iou import from_confusion
-
     found = from_confusion(confusions.sum(0))
     low, high = bootstrap("mean_iou", unit_counts(confusions), seed=seed)
     return {

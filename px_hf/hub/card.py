@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..downstream.page import markdown, model_index
 from ..errors import InvalidArgumentError, listed
 from ..masks_file import MASKS_FILE
 from ..report import Report
@@ -57,8 +58,6 @@ def model_card(
 
     Raises InvalidArgumentError if a result is not a finite number.
     """
-    from ..downstream.page import markdown
-
     px, results = config["px"], _checked(results or {})
     library = "timm" if "architecture" in config else "transformers"
     rows = [
@@ -113,8 +112,6 @@ def _metadata(
     downstream: Mapping[str, Any] | None,
     license: str | None,
 ) -> ModelCardData:
-    from ..downstream.page import model_index
-
     px = config["px"]
     base, dataset = _hub_base(px), str(px.get("dataset_id") or px.get("dataset") or "")
     evaluations = [

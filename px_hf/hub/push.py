@@ -42,6 +42,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..distributed import processes
+from ..downstream.attached import attach
 from ..errors import HubError, InvalidArgumentError
 from ..masks import Masks
 from ..model.wrappers import unwrap
@@ -122,8 +123,6 @@ def push_to_hub(
     `repo_id` or an `evaluation` of another model, CheckpointError for a damaged one, and what `save_pretrained`
     raises.
     """
-    from ..downstream.attached import attach
-
     _check_repo_id(repo_id)
     if not processes().is_main:
         return None
