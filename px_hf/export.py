@@ -57,9 +57,13 @@ def export_onnx(
     The file is written beside `path` and moved, when it has been run: on random images its logits must be those of the
     model, within 0.001 of the largest in float32 and 0.02 in float16.
 
-    Raises, before any work, DependencyError if a library is missing, OutputExistsError if there is such a file,
-    InvalidArgumentError if the dtype or device is another, the weights are more than 2 GiB, or no image size is known;
-    then UnsupportedOpError if torch cannot export the model, CheckpointError if the file computes something else.
+    Raises:
+        DependencyError: a library is missing. This and the next two come before any work.
+        OutputExistsError: there is such a file.
+        InvalidArgumentError: the dtype or device is another, the weights are more than 2 GiB, or no image size is
+            known.
+        UnsupportedOpError: torch cannot export the model.
+        CheckpointError: the file computes something else.
     """
     require_libraries()
     model, path = unwrap(model), Path(path).absolute()

@@ -39,8 +39,8 @@ class Masks(Mapping[str, Tensor]):
 
     `masks.tensors` is the same mapping without the copies, for those who only read.
 
-    Raises InvalidArgumentError if a name is not a string, a mask is not a bool tensor, or there is not
-    one weight to mask.
+    Raises:
+        InvalidArgumentError: a name is not a string, a mask is not a bool tensor, or there is not one weight to mask.
     """
 
     __slots__ = ("_kept", "_tensors", "_total")
@@ -133,9 +133,9 @@ class Masks(Mapping[str, Tensor]):
         Wrappers by DataParallel, DistributedDataParallel and torch.compile are looked through, and a
         parameter with several names (tied weights) is found under each of them.
 
-        Raises TargetError, listing every misfit, if a name is not a parameter of the model, a shape
-        differs, a parameter holds no values (meta device, lazy), or two names of one parameter have
-        different masks.
+        Raises:
+            TargetError: a name is not a parameter of the model, a shape differs, a parameter holds no values (meta
+                device, lazy), or two names of one parameter have different masks; lists every misfit.
         """
         if not isinstance(model, nn.Module):
             raise TargetError(f"Masks apply to a torch.nn.Module, got {type(model).__name__}.")
@@ -164,7 +164,8 @@ class Masks(Mapping[str, Tensor]):
     def apply_(self, model: nn.Module) -> None:
         """Set the pruned weights of `model` to zero (+0.0, whatever they held), in place.
 
-        Raises TargetError, before anything is changed, if the masks do not fit the model: see `match`.
+        Raises:
+            TargetError: the masks do not fit the model, see `match`; then nothing was changed.
         """
         for name, parameter in self.match(model).items():
             parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
@@ -173,7 +174,8 @@ class Masks(Mapping[str, Tensor]):
     def revived(self, model: nn.Module) -> dict[str, int]:
         """How many pruned weights of `model` are not zero, for the names where there are any; NaN is not zero.
 
-        Raises TargetError if the masks do not fit the model: see `match`.
+        Raises:
+            TargetError: the masks do not fit the model: see `match`.
         """
         counts = {
             name: int(parameter.masked_fill(self._tensors[name].to(parameter.device), 0).count_nonzero())
@@ -191,10 +193,11 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read the masks that `save` wrote.
+        """Read the masks that `save` wrote. At most 16 bytes are allocated for each byte of the file.
 
-        Raises CheckpointError if the file is missing, damaged, not a file of masks, or of a version that
-        this px_hf does not know. At most 16 bytes are allocated for each byte of the file.
+        Raises:
+            CheckpointError: the file is missing, damaged, not a file of masks, or of a version that this px_hf does
+                not know.
         """
         path = Path(path)
         if not path.is_file():
@@ -223,7 +226,9 @@ class Masks(Mapping[str, Tensor]):
         `px_hf.save_pretrained` writes the one, and `KeepMasks` the other into the Trainer's checkpoints.
         `revision`, `token`, `subfolder` and what else `huggingface_hub.hf_hub_download` takes (`cache_dir`,
         `local_files_only`, ...) are for the Hub; a folder only looks at `subfolder`.
-        Raises CheckpointError if there is no such folder or repository, or it holds no masks.
+
+        Raises:
+            CheckpointError: there is no such folder or repository, or it holds no masks.
         """
         from .compact import CompactFile
         from .compact.files import find, find_compact

@@ -71,8 +71,9 @@ class MapSplit(torch.utils.data.Dataset):
     def pair(self, position: int) -> tuple[Image.Image, Image.Image]:
         """The RGB image and its map, int32 with `IGNORED`, of the same size.
 
-        **Raises** `DataError`, naming split, row and column: unreadable, of two sizes, no single number a pixel, or a
-        number that is no class.
+        Raises:
+            DataError: one is unreadable, of two sizes, has no single number a pixel, or a number that is no class;
+                names split, row and column.
         """
         row = int(self.indices[position])
         values = self.rows[row]
@@ -117,7 +118,11 @@ class MapSplit(torch.utils.data.Dataset):
         return image, drawn
 
     def require_labels(self) -> None:
-        """**Raises** `DataError` if no pixel of the split counts: then there is nothing to learn or to measure."""
+        """Some pixel of the split must count: otherwise there is nothing to learn or to measure.
+
+        Raises:
+            DataError: none does.
+        """
         if not any(bool((np.asarray(self.pair(position)[1]) >= 0).any()) for position in range(len(self))):
             raise DataError(
                 f"No pixel of split {self.name!r}, column {self.annotation!r}, counts: all are {self.ignore_index}"
@@ -166,8 +171,9 @@ def segmentation_task(
 ) -> SegmentationTask:
     """Finds columns by type and name; takes a random share of the training split for validation if there is none.
 
-    **Raises** `DataError`: no such column or split, an empty split, fewer than two classes, a processor that crops or
-    pads, so that maps would not fit its images.
+    Raises:
+        DataError: no such column or split, an empty split, fewer than two classes, a processor that crops or pads, so
+            that maps would not fit its images.
     """
     _require_alignment(pixels)
     if len(labels) < 2:

@@ -50,8 +50,9 @@ class DataSource:
 def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDict:
     """Reads every split of `source`.
 
-    **Raises** `DataError` when no kind of source or more than one is named, when a folder or file does
-    not exist, or when there is no training data among them.
+    Raises:
+        DataError: no kind of source or more than one is named, a folder or file does not exist, or there is no
+            training data among them.
     """
     kinds = [kind for kind in (source.dataset_name, source.folders, source.files) if kind]
     if len(kinds) != 1:
@@ -103,9 +104,10 @@ def _local_parquet(source: DataSource, cache_dir: str | None) -> list[str]:
 
 
 def _require_own_names(files: list[str], raw: DatasetDict) -> None:
-    """**Raises** `DataError` if a Parquet file has other class names than those that datasets read it with.
+    """Parquet files must have the class names that datasets read them with: for all files, those of the first.
 
-    It reads all files of a folder with the names of the first.
+    Raises:
+        DataError: one has others.
     """
     used = next(iter(raw.values())).features
     for file in files:

@@ -50,16 +50,17 @@ def classification_task(
 ) -> ClassificationTask:
     """Finds columns by feature type, checks every label, takes a validation split off if there is none.
 
-    **Arguments:**
-    - `image_column`, `label_column`: by default the only column of that type, or among several the one
-      called `image`, `label` or `labels`. Labels are `ClassLabel`, integers 0..K-1, or strings, whose
-      sorted distinct training values become the classes.
-    - `validation_split`: its name; by default `validation`, `valid`, `val` or `dev`. Where there is none, a
-      seeded share `validation_share` of each class of the training split. The test split is never used.
-    - `test_split`: its name; a dataset without it has no test split; None ignores it.
+    Args:
+        image_column, label_column: by default the only column of that type, or among several the one called `image`,
+            `label` or `labels`. Labels are `ClassLabel`, integers 0..K-1, or strings, whose sorted distinct training
+            values become the classes.
+        validation_split: its name; by default `validation`, `valid`, `val` or `dev`. Where there is none, a seeded
+            share `validation_share` of each class of the training split. The test split is never used.
+        test_split: its name; a dataset without it has no test split; None ignores it.
 
-    **Raises** `DataError`: no such column or split, an empty split, labels that are missing, not integers, negative
-    or out of range, fewer than two classes, a class without a training example, other classes in another split.
+    Raises:
+        DataError: no such column or split, an empty split, labels that are missing, not integers, negative or out of
+            range, fewer than two classes, a class without a training example, other classes in another split.
     """
     validation_split = validation_split_of(raw, train_split, validation_split)
     if len(raw[train_split]) == 0:
@@ -140,7 +141,11 @@ def class_names(rows: Dataset, column: str) -> list[str]:
 
 
 def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -> np.ndarray:
-    """The class of every row, int64 in [0, len(labels)). **Raises** `DataError` naming the first bad row."""
+    """The class of every row, int64 in [0, len(labels)).
+
+    Raises:
+        DataError: a row has no such class; names the first one.
+    """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel) and list(feature.names) != list(labels):
         raise DataError(

@@ -38,7 +38,8 @@ def head_inputs(model: nn.Module, split: Split, *, batch_size: int = 64, progres
     Processes take batches in turn, so that each image is computed once, in the batch that one process would
     compute it in. The model is left as it was.
 
-    **Raises** `DataError` for an unreadable image, on every process alike, or an empty split.
+    Raises:
+        DataError: an image is unreadable, on every process alike, or the split is empty.
     """
     if len(split) == 0:
         raise DataError(f"Split {split.name!r} is empty.")

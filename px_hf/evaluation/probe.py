@@ -18,7 +18,9 @@ Setting = TypeVar("Setting", int, float)
 class Examples:
     """Features, float [N, D], and classes, int [N].
 
-    **Raises** `DataError` if there are none or the numbers differ, `NonFiniteError` for NaN or infinity.
+    Raises:
+        DataError: there are none, or the numbers differ.
+        NonFiniteError: a feature is NaN or infinite.
     """
 
     features: np.ndarray

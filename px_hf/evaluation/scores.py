@@ -31,7 +31,8 @@ def classification_scores(
     `scores` [N, K], the highest for the predicted class (of equals the first); `labels` int [N] in [0, K).
     Values are those of the metric scripts of px_hf, intervals those of `px_hf.evaluation.intervals`.
 
-    **Raises** `DataError` if shapes or labels do not fit.
+    Raises:
+        DataError: shapes or labels do not fit.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[0] != len(labels) or len(labels) == 0:

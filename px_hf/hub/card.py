@@ -56,7 +56,8 @@ def model_card(
     split) of the pruned model, as fractions, and the same with `dense_` in front for the unpruned one.
     `downstream`: the content of `downstream.json`, as `px_hf.downstream.page` describes it.
 
-    Raises InvalidArgumentError if a result is not a finite number.
+    Raises:
+        InvalidArgumentError: a result is not a finite number.
     """
     px, results = config["px"], _checked(results or {})
     library = "timm" if "architecture" in config else "transformers"

@@ -70,9 +70,10 @@ def save_pretrained(
 
     All is written beside the folder first: if something fails, the folder is as it was.
 
-    Raises TargetError if the masks do not fit the model or its pruned weights are not zero,
-    InvalidArgumentError if the model is of neither library or the provenance is not JSON, OutputExistsError
-    if a file would be overwritten.
+    Raises:
+        TargetError: the masks do not fit the model, or its pruned weights are not zero.
+        InvalidArgumentError: the model is of neither library, or the provenance is not JSON.
+        OutputExistsError: a file would be overwritten.
     """
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):

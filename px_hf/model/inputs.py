@@ -180,7 +180,11 @@ def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
 
 
 def require_finite(logits: Tensor, batch: int) -> None:
-    """Raises NonFiniteError if the network's own output is not finite."""
+    """The network's own output must be finite.
+
+    Raises:
+        NonFiniteError: it is not; names the batch.
+    """
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError(
             f"the network's output for batch {batch} is not finite. Check the images for NaN, and whether the model "

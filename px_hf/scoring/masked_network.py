@@ -139,7 +139,11 @@ class MaskedNetwork:
 
 
 def finite_logits(network: MaskedNetwork, inputs: Inputs, weights: Mapping[str, Tensor], batch: int) -> Tensor:
-    """f(x; weights). Raises NonFiniteError naming the batch."""
+    """f(x; weights).
+
+    Raises:
+        NonFiniteError: it is not finite; names the batch.
+    """
     logits = network.logits(inputs, weights)
     require_finite(logits, batch)
     return logits

@@ -41,8 +41,10 @@ def shrink(model: nn.Module, masks: Masks, example: Any = None) -> tuple[nn.Modu
     `example`: a batch as the model takes it; the first image of it is run, in eval mode, to find the units and to
     compare the two models. By default zeros of the size that the configuration names.
 
-    Raises TargetError if the masks do not fit the model or prune no unit, or the smaller model does not compute what
-    the masked one does; DataError if there is no example.
+    Raises:
+        TargetError: the masks do not fit the model or prune no unit, or the smaller model does not compute what the
+            masked one does.
+        DataError: there is no example.
     """
     model = unwrap(model)
     parameters = masks.match(model)
