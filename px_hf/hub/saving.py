@@ -116,7 +116,7 @@ _QUANTIZATION = {"quant_method": QUANT_METHOD, "version": VERSION, "dequantize":
 
 
 def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the shapes of a model differ from those that its config makes: see `structured.structure`."""
+    """How the shapes of a model differ from those that its config makes: see `px_hf.model.widths`."""
 
     def build() -> nn.Module:
         stock = isinstance(model, PreTrainedModel)
