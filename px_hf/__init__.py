@@ -14,8 +14,7 @@ px.push_to_hub(model, masks, "user/name")
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .criteria import (
     CRITERIA,
@@ -47,6 +46,7 @@ from .errors import (
     UnsupportedOpError,
 )
 from .hub.registration import register as _register
+from .lazy import loaded_when_used as _loaded_when_used
 from .masks import Masks
 from .ops import add_rule
 from .prune import prune
@@ -79,13 +79,7 @@ _LAZY = {
 }
 """Names that are loaded when first used: most need transformers, which takes seconds to import."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    globals()[name] = found
-    return found
+__getattr__ = _loaded_when_used(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

@@ -10,17 +10,11 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A place beside ``path`` to write a file or a folder to, which becomes ``path`` when the block ends.
+def beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A place next to ``path`` to write a file or a folder to; what is still there when the block ends is removed.
 
-    ```python
-    with whole("masks.safetensors") as unfinished:
-        unfinished.write_bytes(content)
-    ```
-
-    If the block raises, what it wrote is removed and ``path`` is as it was. A file that is there is replaced, a
-    folder too; missing parent folders are made. The name of the unfinished one starts with a dot, ends as that of
-    ``path`` does, and is that of this process, so that others can write the same file at the same time.
+    Missing parent folders are made. The name of the place starts with a dot, ends as that of ``path`` does, and is
+    that of this process, so that others can write the same file at the same time.
     """
     path = Path(path).absolute()
     unfinished = path.with_name(f".{os.getpid()}.{path.name}")
@@ -28,11 +22,28 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     remove(unfinished)
     try:
         yield unfinished
+    finally:
+        remove(unfinished)
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A place `beside` ``path`` to write a file or a folder to, which becomes ``path`` when the block ends.
+
+    ```python
+    with whole("masks.safetensors") as unfinished:
+        unfinished.write_bytes(content)
+    ```
+
+    If the block raises, what it wrote is removed and ``path`` is as it was. A file that is there is replaced, a
+    folder too.
+    """
+    path = Path(path).absolute()
+    with beside(path) as unfinished:
+        yield unfinished
         if unfinished.is_dir():
             remove(path)
         os.replace(unfinished, path)
-    finally:
-        remove(unfinished)
 
 
 def remove(path: Path) -> None:

@@ -5,6 +5,8 @@ A message says what happened, where, what was expected, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class PxError(Exception):
     """Base class of every error that px_hf raises on purpose."""
@@ -48,3 +50,9 @@ class HubError(PxError, OSError):
 
 class DependencyError(PxError, ImportError):
     """An optional library is not installed; the message names the extra that has it."""
+
+
+def listed(names: Iterable[object], most: int = 8, separator: str = ", ") -> str:
+    """The first names, as a message shows them: `a, b, c and 5 more`."""
+    shown = [str(name) for name in names]
+    return separator.join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .atomic import whole
 from .errors import CheckpointError, DependencyError, InvalidArgumentError, OutputExistsError, UnsupportedOpError
 from .model.example import default_example
 from .model.inputs import Inputs, inputs_of, run
 from .model.modes import evaluating
-from .model.targets import unwrap
+from .model.wrappers import unwrap
 
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _MOST_BYTES = 2**31 - 2**26  # a file is one protobuf message, which ends at 2 GiB
@@ -57,9 +57,13 @@ def export_onnx(
     The file is written beside `path` and moved, when it has been run: on random images its logits must be those of the
     model, within 0.001 of the largest in float32 and 0.02 in float16.
 
-    Raises, before any work, DependencyError if a library is missing, OutputExistsError if there is such a file,
-    InvalidArgumentError if the dtype or device is another, the weights are more than 2 GiB, or no image size is known;
-    then UnsupportedOpError if torch cannot export the model, CheckpointError if the file computes something else.
+    Raises:
+        DependencyError: a library is missing. This and the next two come before any work.
+        OutputExistsError: there is such a file.
+        InvalidArgumentError: the dtype or device is another, the weights are more than 2 GiB, or no image size is
+            known.
+        UnsupportedOpError: torch cannot export the model.
+        CheckpointError: the file computes something else.
     """
     require_libraries()
     model, path = unwrap(model), Path(path).absolute()
@@ -69,12 +73,7 @@ def export_onnx(
     if example is None and (example := default_example(model)) is None:
         raise InvalidArgumentError("The model's configuration names no image size. Pass example=images.")
     images = next(inputs_of([example], model)).images[:1]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as undo:
-        undo.callback(unfinished.unlink, missing_ok=True)
-        undo.enter_context(evaluating(model))
-        undo.enter_context(torch.no_grad())
+    with whole(path) as unfinished, evaluating(model), torch.no_grad():
         _write(model, images, unfinished)
         difference = _largest_difference(model, images, unfinished)
         if not difference <= tolerance:
@@ -82,7 +81,6 @@ def export_onnx(
                 f"The exported {type(model).__name__} gives other logits than the model: they differ by "
                 f"{difference:.3g} of the largest, more than {tolerance:g}. Nothing was written to {path}."
             )
-        os.replace(unfinished, path)
     return Export(path, path.stat().st_size, difference)
 
 

@@ -39,8 +39,10 @@ def keep_masks(optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks)
     masked. Costs one in-place pass over the masked weights per backward and one per step, and the memory
     of the masked weights once more.
 
-    Raises TargetError if the masks do not fit the model (see `Masks.match`) or the optimizer steps none of
-    the masked weights that train; InvalidArgumentError if it is not a torch optimizer.
+    Raises:
+        TargetError: the masks do not fit the model (see `Masks.match`), or the optimizer steps none of the masked
+            weights that train.
+        InvalidArgumentError: the optimizer is none of torch.
     """
     return MaskKeeper(optimizer, model, masks)
 

@@ -24,8 +24,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import masks_file
-from .errors import CheckpointError, InvalidArgumentError, TargetError
+from .atomic import whole
+from .errors import CheckpointError, InvalidArgumentError, TargetError, listed
 from .masks_file import MASKS_FILE
+from .model.wrappers import named_parameters
 
 
 class Masks(Mapping[str, Tensor]):
@@ -37,8 +39,8 @@ class Masks(Mapping[str, Tensor]):
 
     `masks.tensors` is the same mapping without the copies, for those who only read.
 
-    Raises InvalidArgumentError if a name is not a string, a mask is not a bool tensor, or there is not
-    one weight to mask.
+    Raises:
+        InvalidArgumentError: a name is not a string, a mask is not a bool tensor, or there is not one weight to mask.
     """
 
     __slots__ = ("_kept", "_tensors", "_total")
@@ -131,13 +133,13 @@ class Masks(Mapping[str, Tensor]):
         Wrappers by DataParallel, DistributedDataParallel and torch.compile are looked through, and a
         parameter with several names (tied weights) is found under each of them.
 
-        Raises TargetError, listing every misfit, if a name is not a parameter of the model, a shape
-        differs, a parameter holds no values (meta device, lazy), or two names of one parameter have
-        different masks.
+        Raises:
+            TargetError: a name is not a parameter of the model, a shape differs, a parameter holds no values (meta
+                device, lazy), or two names of one parameter have different masks; lists every misfit.
         """
         if not isinstance(model, nn.Module):
             raise TargetError(f"Masks apply to a torch.nn.Module, got {type(model).__name__}.")
-        parameters = _named_parameters(model)
+        parameters = named_parameters(model, remove_duplicate=False)
         misfits: list[str] = []
         tied: dict[nn.Parameter, str] = {}
         for name, mask in self._tensors.items():
@@ -151,10 +153,9 @@ class Masks(Mapping[str, Tensor]):
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
                 misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
         if misfits:
-            shown = "; ".join(misfits[:10]) + ("; ..." if len(misfits) > 10 else "")
             raise TargetError(
                 f"The masks do not fit the model ({type(model).__name__}), nothing was changed: "
-                f"{len(misfits)} of {len(self)} masks: {shown}. Masks belong to the "
+                f"{len(misfits)} of {len(self)} masks: {listed(misfits, 10, '; ')}. Masks belong to the "
                 "architecture that they were made for: use the model they came from, or prune this one."
             )
         return {name: parameters[name] for name in self._tensors}
@@ -163,7 +164,8 @@ class Masks(Mapping[str, Tensor]):
     def apply_(self, model: nn.Module) -> None:
         """Set the pruned weights of `model` to zero (+0.0, whatever they held), in place.
 
-        Raises TargetError, before anything is changed, if the masks do not fit the model: see `match`.
+        Raises:
+            TargetError: the masks do not fit the model, see `match`; then nothing was changed.
         """
         for name, parameter in self.match(model).items():
             parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
@@ -172,7 +174,8 @@ class Masks(Mapping[str, Tensor]):
     def revived(self, model: nn.Module) -> dict[str, int]:
         """How many pruned weights of `model` are not zero, for the names where there are any; NaN is not zero.
 
-        Raises TargetError if the masks do not fit the model: see `match`.
+        Raises:
+            TargetError: the masks do not fit the model: see `match`.
         """
         counts = {
             name: int(parameter.masked_fill(self._tensors[name].to(parameter.device), 0).count_nonzero())
@@ -185,22 +188,16 @@ class Masks(Mapping[str, Tensor]):
 
         The file appears whole or not at all, and the same masks always give the same bytes.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = masks_file.written(self._tensors)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_bytes(content)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole(path) as unfinished:
+            unfinished.write_bytes(masks_file.written(self._tensors))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read the masks that `save` wrote.
+        """Read the masks that `save` wrote. At most 16 bytes are allocated for each byte of the file.
 
-        Raises CheckpointError if the file is missing, damaged, not a file of masks, or of a version that
-        this px_hf does not know. At most 16 bytes are allocated for each byte of the file.
+        Raises:
+            CheckpointError: the file is missing, damaged, not a file of masks, or of a version that this px_hf does
+                not know.
         """
         path = Path(path)
         if not path.is_file():
@@ -229,7 +226,9 @@ class Masks(Mapping[str, Tensor]):
         `px_hf.save_pretrained` writes the one, and `KeepMasks` the other into the Trainer's checkpoints.
         `revision`, `token`, `subfolder` and what else `huggingface_hub.hf_hub_download` takes (`cache_dir`,
         `local_files_only`, ...) are for the Hub; a folder only looks at `subfolder`.
-        Raises CheckpointError if there is no such folder or repository, or it holds no masks.
+
+        Raises:
+            CheckpointError: there is no such folder or repository, or it holds no masks.
         """
         from .compact import CompactFile
         from .compact.files import find, find_compact
@@ -246,18 +245,3 @@ class Masks(Mapping[str, Tensor]):
                 "the other."
             )
         return cls.load(path)
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by all of their names, as the model inside any wrapper calls them."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            break
-    # A compiled submodule puts its own level into the names.
-    return {
-        name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters(remove_duplicate=False)
-    }

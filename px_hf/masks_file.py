@@ -36,7 +36,8 @@ def written(masks: Mapping[str, Tensor]) -> bytes:
 def read(path: Path) -> dict[str, Tensor]:
     """The masks of a file that anybody may have written. At most 16 bytes are allocated for each byte of it.
 
-    Raises SafetensorError, OSError or ValueError, saying what is wrong with it.
+    Raises:
+        SafetensorError, OSError, ValueError: it is no whole file of masks; the message says what is wrong with it.
     """
     with safe_open(path, framework="numpy") as file:
         shapes = _read_shapes(file.metadata())

@@ -24,7 +24,7 @@ from .masks import Masks
 from .model.example import default_example
 from .model.inputs import Inputs, inputs_of, run
 from .model.modes import evaluating
-from .model.targets import unwrap
+from .model.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,9 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
 
     The masks need not be applied. The model is run once, in eval mode, and left as it was.
 
-    Raises TargetError if the masks do not fit the model, DataError if the example is no batch of images.
+    Raises:
+        TargetError: the masks do not fit the model.
+        DataError: the example is no batch of images.
     """
     model = unwrap(model)
     parameters = masks.match(model)

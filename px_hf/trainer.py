@@ -23,7 +23,7 @@ from .hub.saving import save_pretrained
 from .keep import MaskKeeper, keep_masks
 from .masks import Masks
 from .masks_file import MASKS_FILE
-from .model.targets import unwrap
+from .model.wrappers import unwrap
 
 
 class KeepMasks(TrainerCallback):
@@ -41,8 +41,9 @@ class KeepMasks(TrainerCallback):
     What Trainer itself pushes to the Hub gets the compact copy too. `push_to_hub` does it in one commit, writes a
     better model card, and timm loads a timm model from it; TimmWrapper, left to Trainer, saves other names.
 
-    Resuming from a checkpoint with other masks, with none, or with weights where the masks have zeros raises
-    CheckpointError before the first step.
+    Raises:
+        CheckpointError: before the first step, training resumes from a checkpoint with other masks, with none, or with
+            weights where the masks have zeros.
     """
 
     def __init__(self, masks: Masks) -> None:

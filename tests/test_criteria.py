@@ -21,6 +21,7 @@ import px_hf as px
 from px_hf.criteria.grasp import place_among_floats
 from px_hf.criteria.ntksap import noise
 from px_hf.model.targets import prunable
+from px_hf.scoring.given import Given
 
 CRITERIA = [
     px.SNIP(),
@@ -410,6 +411,33 @@ def test_the_model_is_untouched_when_scoring_raises(criterion: px.Criterion) -> 
     assert all(m.training for m in model.modules())
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("criterion", [px.PX(), px.PX(paths="active"), px.Magnitude(), *CRITERIA], ids=str)
+def test_compiled_parts_change_neither_scores_nor_names(criterion: px.Criterion) -> None:
+    model, (_, batches) = net(), data()
+    masks = some_masks(model)
+    expected = criterion.score(model, batches, masks=masks)
+    model[2].compile(backend="eager")
+    model[3] = torch.compile(model[3], backend="eager")
+    found = criterion.score(nn.DataParallel(model), batches, masks=masks)
+    assert list(found) == list(expected)
+    assert all(torch.equal(score, expected[name]) for name, score in found.items())
+    px.select(found, sparsity=0.5).apply_(model)
+
+
+def test_a_criterion_states_its_formula_and_nothing_else() -> None:
+    class Ones(px.Criterion):
+        def formula(self, given: Given) -> dict[str, Tensor]:
+            return {name: torch.ones_like(weight) for name, weight in given.weights().items()}
+
+    model = net()
+    masks = some_masks(model)
+    found = Ones().score(model, masks=masks, prune_head=True)
+    assert all(torch.equal(score, masks[name].double()) for name, score in found.items())
+    assert not any("score" in vars(type(criterion)) for criterion in px.CRITERIA.values())
+    with pytest.raises(NotImplementedError, match=r"Criterion states no formula"):
+        px.Criterion().score(model)
 
 
 CONTEXTS = {

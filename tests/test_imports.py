@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "px_hf"
 
 FLOORS = [
-    ["errors", "version", "atomic", "metrics"],
+    ["errors", "version", "atomic", "lazy", "metrics"],
     ["distributed", "plots"],
     ["model"],
     ["ops"],

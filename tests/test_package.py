@@ -40,6 +40,33 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_training_with_masks_needs_no_transformers(tmp_path: Path) -> None:
+    script = """
+import sys, torch, px_hf as px
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
+optimizer = torch.optim.AdamW(model.parameters())
+with px.keep_masks(optimizer, model, masks):
+    for _ in range(2):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+masks.save(sys.argv[1])
+assert px.Masks.load(sys.argv[1]) == masks and not masks.revived(model)
+assert "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path / "masks.safetensors"], check=True, timeout=120)
+
+
+def test_names_of_evaluation_are_loaded_when_used() -> None:
+    script = "import sys, px_hf.evaluation as e; print([m for m in sys.argv[1:] if m in sys.modules])\n"
+    script += "assert all(getattr(e, name) is not None for name in e.__all__); e.PROBES['ridge'].fit"
+    heavy = ["sklearn", "scipy", "datasets", "evaluate", "transformers", "torchvision"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_commit_is_that_of_the_checkout_or_of_the_installation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

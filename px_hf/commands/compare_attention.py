@@ -37,7 +37,7 @@ class QueriesKeys(Criterion):
     def score(
         self,
         model: nn.Module,
-        batches: Batches,
+        batches: Batches = (),
         *,
         masks: Mapping[str, Tensor] | None = None,
         prune_head: bool = False,

@@ -48,8 +48,10 @@ def encode(mask: NDArray[np.bool_]) -> tuple[str, bytes]:
 def kept_positions(coding: str, payload: NDArray[np.uint8], count: int, kept: int) -> Iterator[NDArray[np.int64]]:
     """The indices of the `kept` ones among `count` weights, ascending, in parts.
 
-    Takes some `count / 8` or `kept + count / 255` bytes at most. Raises ValueError if `payload` is not exactly that
-    of as many weights.
+    Takes some `count / 8` or `kept + count / 255` bytes at most.
+
+    Raises:
+        ValueError: `payload` is not exactly that of as many weights.
     """
     packed = -(-count // 8)
     if coding == BITS:

@@ -34,8 +34,9 @@ def find(
     `download`: what `huggingface_hub.hf_hub_download` takes: `subfolder`, `revision`, `token`, `cache_dir`,
     `local_files_only`, ... A folder only looks at `subfolder`.
 
-    Raises CheckpointError if there is no such folder or repository, it cannot be reached, or, if `required`, of a
-    repository that has no such file.
+    Raises:
+        CheckpointError: there is no such folder or repository, it cannot be reached, or, if `required`, it is a
+            repository that has no such file.
     """
     subfolder = download.pop("subfolder", None) or None
     if Path(folder_or_repo_id).is_dir():
@@ -59,7 +60,8 @@ def find_compact(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> 
 
     It is in `sparse/`; that folder may also be given itself. From the Hub, all of its files are of one commit.
 
-    Raises CheckpointError as `find` does, and if a file that the index lists is missing.
+    Raises:
+        CheckpointError: as of `find`, or a file that the index lists is missing.
     """
     asked = download.pop("subfolder", None) or ""
     subfolders = [str(PurePosixPath(asked, SPARSE_FOLDER))]

@@ -13,8 +13,9 @@ from .reader import CompactFile
 def fill(model: nn.Module, file: CompactFile, source: str, *, stored_dtypes: bool = False) -> None:
     """Give a model of `build_empty` the tensors of a compact copy, in its own dtypes or in those stored.
 
-    Raises CheckpointError, leaving the model without weights, unless each tensor of the file is one of the model,
-    of its shape, and each of the model is in the file.
+    Raises:
+        CheckpointError: a tensor of the file is none of the model or of another shape, or one of the model is not in
+            the file; the model is then left without weights.
     """
     expected: dict[str, Tensor] = model.state_dict(keep_vars=True)
     names = match(model, file)

@@ -14,8 +14,8 @@ def match(model: nn.Module, file: CompactFile, prefix: str = "") -> dict[str, st
     `prefix`: the attribute under which a model holds its backbone; the names of the file may have it where those of
     the model lack it, and the other way round. Tied parameters need one of their names in the file.
 
-    Raises CheckpointError if a tensor of the model has none, or its pruned one another shape, or is
-    not of floats.
+    Raises:
+        CheckpointError: a tensor of the model has none, or its pruned one has another shape or is not of floats.
     """
     tensors = model.state_dict(keep_vars=True)
     found: dict[str, str] = {}

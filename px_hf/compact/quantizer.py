@@ -39,8 +39,8 @@ class CompactConfig(QuantizationConfigMixin):
 class CompactQuantizer(HfQuantizer):
     """Decodes pruned weights while transformers loads a compact copy.
 
-    Raises CheckpointError before a model is returned if the files are damaged, or a parameter would not come
-    from them.
+    Raises:
+        CheckpointError: the files are damaged, or a parameter would not come from them; no model is returned then.
     """
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:

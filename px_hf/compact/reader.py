@@ -53,7 +53,8 @@ class _Stored(NamedTuple):
 class CompactFile:
     """The file or files of a compact copy, opened and checked. `shapes`: of every decoded tensor, by name.
 
-    Raises CheckpointError if a file is missing, damaged, of another version, or says what cannot be.
+    Raises:
+        CheckpointError: a file is missing, damaged, of another version, or says what cannot be.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
@@ -171,7 +172,8 @@ def _compare(crc32: int, stored: _Stored) -> None:
 def shard_names(index: Path) -> list[str]:
     """The files that an index lists, which are beside it.
 
-    Raises CheckpointError if it is not an index, or a name leads elsewhere.
+    Raises:
+        CheckpointError: it is not an index, or a name leads elsewhere.
     """
     with _naming(index):
         content = _json(index.read_text(encoding="utf-8"))

@@ -35,7 +35,8 @@ def write_compact(
     Files larger than `max_shard_size` are split, with an index, as transformers does it. The same state and masks
     always give the same bytes.
 
-    Raises TargetError if a mask has no tensor of its shape, or a tensor is of a dtype that the format does not know.
+    Raises:
+        TargetError: a mask has no tensor of its shape, or a tensor is of a dtype that the format does not know.
     """
     for name, mask in masks.items():
         if name not in state or state[name].shape != mask.shape:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ..model.inputs import Batches
+from ..model.wrappers import unwrap
+from ..scoring.given import Given
+from ..scoring.masking import masked
 
 
-class Criterion(ABC):
-    """Scores weights; the lowest scores are pruned. Subclasses are frozen dataclasses.
+class Criterion:
+    """Scores weights; the lowest scores are pruned. Subclasses are frozen dataclasses that state a `formula`.
 
     Attributes:
         iterative: whether pruning changes the scores of what remains, so that rounds matter.
@@ -34,11 +36,10 @@ class Criterion(ABC):
         object that remembers; any other is its own."""
         return self
 
-    @abstractmethod
     def score(
         self,
         model: nn.Module,
-        batches: Batches,
+        batches: Batches = (),
         *,
         masks: Mapping[str, Tensor] | None = None,
         prune_head: bool = False,
@@ -46,12 +47,22 @@ class Criterion(ABC):
         """Score every prunable weight of ``model``, which is left untouched.
 
         Args:
-            model: any module whose output is a tensor [N, K] or has ``.logits``.
+            model: any module whose output is a tensor [N, K] or has ``.logits``, also inside
+                DistributedDataParallel, DataParallel or ``torch.compile``.
             batches: re-iterable of batches, see `px_hf.model.inputs`; criteria that need no data ignore it.
             masks: parameter name -> bool tensor (True = kept). The network is scored as if the
-                other weights were zero; a name that is absent is dense.
+                other weights were zero, and these get the score 0; a name that is absent is dense.
             prune_head: also score the classifier head.
 
         Returns:
-            Name in ``named_parameters()`` -> scores of the parameter's shape, non-negative, finite.
+            Name of the parameter (of the model outside wrappers) -> scores of its shape, non-negative, finite.
         """
+        given = Given(unwrap(model), batches, masks or {}, prune_head)
+        scores = dict(self.formula(given))
+        for name in scores.keys() & given.masks.keys():  # one after the other: they are as large as the model
+            scores[name] = masked(scores[name], given.masks[name])
+        return scores
+
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        """The scores of the kept weights by name; what stands where a weight is pruned is not looked at."""
+        raise NotImplementedError(f"{type(self).__name__} states no formula(given): a criterion is that.")

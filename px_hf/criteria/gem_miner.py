@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -38,6 +37,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..distributed import processes
 from ..errors import InvalidArgumentError
 from ..model.inputs import Batches, Inputs, classes_of, inputs_of
+from ..model.wrappers import named_buffers
+from ..scoring.given import Given
 from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
 
@@ -77,16 +78,9 @@ class GemMiner(Criterion):
     def begin(self) -> Criterion:
         return _Mining(self)
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`: one round, from the start. In [0, 1 + 2⁻³⁰], float64."""
-        return self.begin().score(model, batches, masks=masks, prune_head=prune_head)
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        """One round, from the start. In [0, 1 + 2⁻³⁰], float64."""
+        return self.begin().formula(given)
 
 
 @dataclass
@@ -96,19 +90,12 @@ class _Mining(Criterion):
     settings: GemMiner
     p: Tensors = field(default_factory=dict)
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        network = MaskedNetwork(model, masks, prune_head)
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        network = given.network()
         with network.scoring():
             if not self.p:
                 self.p = {name: self._start(name, w) for name, w in network.weights.items()}
-            self._learn(network, batches)
+            self._learn(network, given.batches)
         return network.scores({n: p.detach().double() + _by_magnitude(network.weights[n]) for n, p in self.p.items()})
 
     def _start(self, name: str, weight: Tensor) -> Tensor:
@@ -126,7 +113,7 @@ class _Mining(Criterion):
         optimizer = torch.optim.Adam(self.p.values(), settings.learning_rate, weight_decay=2 * settings.regularization)
         statistics = {
             name: value.to(network.dtype if value.is_floating_point() else value.dtype, copy=True)
-            for name, value in network.model.named_buffers()
+            for name, value in named_buffers(network.model).items()
         }
         for _ in range(settings.epochs):
             for index, inputs in enumerate(inputs_of(batches, network.model)):

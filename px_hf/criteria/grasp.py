@@ -18,17 +18,16 @@ Where this differs: eval mode, and the whole calibration set, summed, in both g 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..model.inputs import Batches, Inputs
-from ..scoring.masked_network import MaskedNetwork, Tensors
-from ..scoring.masking import masked
+from ..model.inputs import Inputs
+from ..scoring.given import Given
+from ..scoring.masked_network import Tensors
 from .base import Criterion
 from .snip import loss_gradient
 
@@ -55,16 +54,9 @@ class GraSP(Criterion):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InvalidArgumentError(f"GraSP(temperature={self.temperature!r}): expected a number > 0.")
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`. Scores are whole numbers below 2^32, in float64."""
-        network = MaskedNetwork(model, masks, prune_head)
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        """Whole numbers below 2^32, in float64."""
+        network = given.network()
 
         def gradient(inputs: Inputs, batch: int, part: int) -> Tensors:
             return loss_gradient(network, inputs, batch, self.temperature)
@@ -77,12 +69,12 @@ class GraSP(Criterion):
             return {n: torch.zeros_like(leaves[n]) for n in whole} | network.gradients(product, leaves)
 
         with network.scoring():
-            whole = {name: g.to(network.dtype) for name, g in network.total(batches, gradient).items()}
+            whole = {name: g.to(network.dtype) for name, g in network.total(given.batches, gradient).items()}
             kept = dict(network.left_out)
-            product = network.total(batches, curvature)
+            product = network.total(given.batches, curvature)
             network.left_out = kept
         signed = network.scores({name: network.weights[name] * hg for name, hg in product.items()})
-        return {name: masked(place_among_floats(s), network.masks.get(name)) for name, s in signed.items()}
+        return {name: place_among_floats(s) for name, s in signed.items()}
 
 
 def place_among_floats(values: Tensor) -> Tensor:

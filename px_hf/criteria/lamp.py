@@ -8,16 +8,13 @@ its layer if all smaller ones were gone. Every layer's largest weight scores 1, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.inputs import Batches
-from ..model.targets import prunable
-from ..scoring.masking import masked
+from ..scoring.given import Given
 from .base import Criterion
 
 
@@ -31,17 +28,8 @@ class LAMP(Criterion):
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches = (),
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`."""
-        masks = masks or {}
-        return {name: _lamp(masked(p, masks.get(name))) for name, p in prunable(model, prune_head).items()}
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        return {name: _lamp(weight) for name, weight in given.weights().items()}
 
 
 def _lamp(weight: Tensor) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.inputs import Batches
-from ..model.targets import prunable
-from ..scoring.masking import masked
+from ..scoring.given import Given
 from .base import Criterion
 
 
@@ -25,13 +22,5 @@ class Magnitude(Criterion):
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches = (),
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        masks = masks or {}
-        return {name: masked(p, masks.get(name)).abs() for name, p in prunable(model, prune_head).items()}
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        return {name: weight.abs() for name, weight in given.weights().items()}

@@ -19,16 +19,16 @@ the exact sum does.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 
 from ..errors import InvalidArgumentError
-from ..model.inputs import Batches, Inputs
-from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
+from ..model.inputs import Inputs
+from ..scoring.given import Given
+from ..scoring.masked_network import Tensors, finite_logits
 from .base import Criterion
 
 _GRADIENTS_AT_A_TIME = 2**26
@@ -58,16 +58,8 @@ class NTKTrace(Criterion):
         ):
             raise InvalidArgumentError(f"NTKTrace(probes={self.probes!r}): expected None or a whole number ≥ 1.")
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`."""
-        network = MaskedNetwork(model, masks, prune_head)
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        network = given.network()
         size = max(1, _GRADIENTS_AT_A_TIME // sum(w.numel() for w in network.weights.values()))
 
         def squares(inputs: Inputs, batch: int, part: int) -> Tensors:
@@ -96,7 +88,7 @@ class NTKTrace(Criterion):
             return {name: t.to(network.dtype) for name, t in total.items()}
 
         with network.scoring():
-            total = network.total(batches, squares)
+            total = network.total(given.batches, squares)
         return network.scores({name: network.weights[name].double().square() * t for name, t in total.items()})
 
     def _directions(self, logits: Tensor, key: str) -> Tensor:

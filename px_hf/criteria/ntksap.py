@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..model.inputs import Batches, Inputs
-from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
+from ..model.inputs import Inputs
+from ..scoring.given import Given
+from ..scoring.masked_network import Tensors, finite_logits
 from .base import Criterion
 
 
@@ -54,16 +54,8 @@ class NTKSAP(Criterion):
         if self.inputs not in ("noise", "data"):
             raise InvalidArgumentError(f"NTKSAP(inputs={self.inputs!r}): expected 'noise' or 'data'.")
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`."""
-        network = MaskedNetwork(model, masks, prune_head)
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        network = given.network()
 
         def gradient(inputs: Inputs, batch: int, part: int) -> Tensors:
             place = f"{self.seed}:{batch}:{part}"
@@ -81,7 +73,7 @@ class NTKSAP(Criterion):
             return network.gradients((here - there).square().sum(), kept)
 
         with network.scoring():
-            total = network.total(batches, gradient)
+            total = network.total(given.batches, gradient)
         return network.scores({name: g.abs() for name, g in total.items()})
 
 

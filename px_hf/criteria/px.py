@@ -49,14 +49,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import processes
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..model.inputs import Batches, Inputs, inputs_of, require_finite
 from ..model.modes import evaluating
-from ..model.targets import prunable, unwrap
 from ..ops import ACTIVE, G, H, Weight
+from ..scoring.given import Given
 from ..scoring.path_network import PathNetwork, PathScores
 from ..scoring.sums import add_, add_up, exact_sum, sum_aligned_
 from .base import Criterion
@@ -94,15 +94,8 @@ class PX(Criterion):
         if not isinstance(self.balance, bool):
             raise InvalidArgumentError(f"PX(balance={self.balance!r}): expected True or False.")
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`. ``batches`` need no labels.
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        """``θ² · (∂R/∂θ²)^power`` for each weight; the batches need no labels.
 
         A weight that no path can lead through gets no score, so it stays dense, and a warning names it:
         one whose output the network does not use (an auxiliary head), or whose input does not depend on
@@ -115,11 +108,10 @@ class PX(Criterion):
                 the output depends on were lost; names all of them.
             NonFiniteError: the network's output or a score is not finite.
         """
-        model = unwrap(model)
-        network = PathNetwork(model, prunable(model, prune_head), masks or {})
-        with evaluating(model):
+        network = given.paths()
+        with evaluating(given.model):
             scores = PathScores(network, self.power)
-            exponent = (_all_paths if self.paths == "all" else _active_paths)(network, batches, scores.take)
+            exponent = (_all_paths if self.paths == "all" else _active_paths)(network, given.batches, scores.take)
         network.warn_of_left_out()
         found = scores.result(exponent)
         return {name: shares(s.double()).to(s.dtype) for name, s in found.items()} if self.balance else found

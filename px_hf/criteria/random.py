@@ -12,17 +12,14 @@ are ``Random()`` with scope ``"layer"``."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..model.inputs import Batches
-from ..model.targets import prunable
-from ..scoring.masking import masked
+from ..scoring.given import Given
 from .base import Criterion
 
 
@@ -50,22 +47,14 @@ class Random(Criterion):
         if self.densities not in ("equal", "erk"):
             raise InvalidArgumentError(f"Random(densities={self.densities!r}): expected 'equal' or 'erk'.")
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches = (),
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        masks = masks or {}
+    def formula(self, given: Given) -> dict[str, Tensor]:
         scores = {}
-        for name, p in prunable(model, prune_head).items():
+        for name, p in given.targets().items():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{name}".encode()))
             if self.densities == "erk":
                 places = torch.randperm(p.numel(), generator=generator).view(p.shape).double()
                 random = sum(p.shape) / (places + 1)  # (Σ shape / n) / (place / n)
             else:
                 random = torch.rand(p.shape, generator=generator).clamp(min=2**-24)
-            scores[name] = masked(random.to(p.device), masks.get(name))
+            scores[name] = random.to(p.device)
         return scores

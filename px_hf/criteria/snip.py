@@ -15,14 +15,14 @@ train mode; here the network is pretrained, so it runs in eval mode, on the whol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.inputs import Batches, Inputs, classes_of
+from ..model.inputs import Inputs, classes_of
+from ..scoring.given import Given
 from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
 from .base import Criterion
 
@@ -36,22 +36,14 @@ class SNIP(Criterion):
 
     needs_labels: ClassVar[bool] = True
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`."""
-        network = MaskedNetwork(model, masks, prune_head)
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        network = given.network()
 
         def gradient(inputs: Inputs, batch: int, part: int) -> Tensors:
             return loss_gradient(network, inputs, batch)
 
         with network.scoring():
-            total = network.total(batches, gradient)
+            total = network.total(given.batches, gradient)
         return network.scores({name: (network.weights[name] * g).abs() for name, g in total.items()})
 
 

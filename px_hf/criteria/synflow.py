@@ -20,18 +20,17 @@ SynFlow is meant to be iterated: the paper uses 100 rounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model.inputs import Batches, inputs_of
+from ..model.inputs import inputs_of
 from ..model.modes import evaluating
-from ..model.targets import prunable, unwrap
 from ..ops import ABSOLUTE, G, Reading
-from ..scoring.path_network import PathNetwork, PathScores
+from ..scoring.given import Given
+from ..scoring.path_network import PathScores
 from .base import Criterion
 
 
@@ -46,19 +45,11 @@ class SynFlow(Criterion):
 
     reading: ClassVar[Reading] = ABSOLUTE
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`; which weights get no score, and errors, as in `PX.score`."""
-        model = unwrap(model)
-        network = PathNetwork(model, prunable(model, prune_head), masks or {}, self.reading.order)
-        probe = next(inputs_of(batches, model)).probe()
-        with evaluating(model):
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        """Which weights get no score, and errors, as in `PX.formula`."""
+        network = given.paths(self.reading.order)
+        probe = next(inputs_of(given.batches, given.model)).probe()
+        with evaluating(given.model):
             ones = probe.images.to(network.dtype)
             _, paths, met = network.path_sums(probe, ones, self.reading, network.squared())
             scores = PathScores(network, 1.0)

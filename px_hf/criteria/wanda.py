@@ -15,19 +15,20 @@ here all inputs are those of the network as it is, and further rounds see what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import TargetError
-from ..model.inputs import Batches, Inputs
+from ..errors import TargetError, listed
+from ..model.inputs import Inputs
 from ..ops.registry import DECOMPOSITIONS, SHAPE_OPS
-from ..scoring.masked_network import MaskedNetwork, Tensors, finite_logits
+from ..scoring.given import Given
+from ..scoring.masked_network import Tensors, finite_logits
 from .base import Criterion
 
 _LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -42,20 +43,13 @@ class Wanda(Criterion):
 
     scope: ClassVar[str] = "row"
 
-    def score(
-        self,
-        model: nn.Module,
-        batches: Batches,
-        *,
-        masks: Mapping[str, Tensor] | None = None,
-        prune_head: bool = False,
-    ) -> dict[str, Tensor]:
-        """See `Criterion.score`.
+    def formula(self, given: Given) -> dict[str, Tensor]:
+        """``|W_ij| · ‖X_j‖₂`` for each weight.
 
         Raises:
             TargetError: a weight that no linear layer or convolution multiplies its input by.
         """
-        network = MaskedNetwork(model, masks, prune_head)
+        network = given.network()
 
         def squares(inputs: Inputs, batch: int, part: int) -> Tensors:
             leaves = network.leaves()
@@ -66,11 +60,11 @@ class Wanda(Criterion):
             return network.gradients(torch.stack(sums.terms).sum(), leaves)
 
         with network.scoring():
-            total = network.total(batches, squares)
+            total = network.total(given.batches, squares)
         if network.left_out:
             raise TargetError(
-                f"no linear layer or convolution was called with the weight(s) {', '.join(list(network.left_out)[:8])}"
-                ", so their inputs are unknown. Use a criterion that needs no inputs (Magnitude)."
+                f"no linear layer or convolution was called with the weight(s) {listed(network.left_out)}, so "
+                "their inputs are unknown. Use a criterion that needs no inputs (Magnitude)."
             )
         return network.scores({name: network.weights[name].abs() * t.sqrt() for name, t in total.items()})
 

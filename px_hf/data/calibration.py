@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from px_hf.errors import DataError
-
+from ..errors import DataError, listed
 from .split import Pixels, Split
 
 
@@ -77,7 +76,8 @@ def calibration_set(
 
     `pixels` is the transform of evaluation: scores should not depend on random crops.
 
-    **Raises** `DataError` when a class has fewer examples than that, naming the classes and their counts.
+    Raises:
+        DataError: a class has fewer examples than that; names the classes and their counts.
     """
     chosen = class_balanced(train.labels, labels, examples_per_class, seed, train.name)
     return CalibrationSet(train.select(chosen).with_pixels(pixels), examples_per_class, seed, batch_size)
@@ -88,7 +88,8 @@ def class_balanced(
 ) -> np.ndarray:
     """Positions of `examples_per_class` random examples of every class, in random order; `classes` is int [N].
 
-    **Raises** `DataError` when a class has fewer examples than that, naming the classes and their counts.
+    Raises:
+        DataError: a class has fewer examples than that; names the classes and their counts.
     """
     if examples_per_class < 1:
         raise DataError(f"examples_per_class is {examples_per_class}, expected at least 1.")
@@ -98,7 +99,7 @@ def class_balanced(
         raise DataError(
             f"{examples_per_class} calibration examples per class were asked for, but {len(short)} of "
             f"{len(labels)} classes have fewer in split {split!r}: "
-            f"{', '.join(short[:12])}{', ...' if short[12:] else ''}. "
+            f"{listed(short, 12)}. "
             "Ask for fewer (examples_per_class) or add examples."
         )
     rng = np.random.default_rng(seed)

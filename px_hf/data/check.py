@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from tqdm.auto import tqdm
 
-from px_hf.distributed import processes, raise_together
-from px_hf.errors import PxError
-
+from ..distributed import processes, raise_together
+from ..errors import PxError
 from .segmentation import MapSplit
 from .split import Split
 
@@ -18,7 +17,8 @@ def read_all(splits: Sequence[Split | MapSplit], *, batch_size: int = 64, progre
 
     One process that met a bad image alone in the midst of training would leave the others waiting.
 
-    **Raises** `DataError` for the first bad example of any process, on every process alike.
+    Raises:
+        DataError: an example of any process is bad; about the first one, on every process alike.
     """
     group, problem = processes(), None
     batches = [

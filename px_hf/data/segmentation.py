@@ -19,10 +19,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import crop, hflip
 
-from px_hf.errors import DataError
-
+from ..errors import DataError
+from .columns import names_in, only_column, require_column, rows_of, table, validation_split_of
 from .split import to_rgb
-from .task import _VALIDATION_NAMES, _listed, _only, _require, _table
 from .transform import Preprocess
 
 IGNORED = -100
@@ -72,8 +71,9 @@ class MapSplit(torch.utils.data.Dataset):
     def pair(self, position: int) -> tuple[Image.Image, Image.Image]:
         """The RGB image and its map, int32 with `IGNORED`, of the same size.
 
-        **Raises** `DataError`, naming split, row and column: unreadable, of two sizes, no single number a pixel, or a
-        number that is no class.
+        Raises:
+            DataError: one is unreadable, of two sizes, has no single number a pixel, or a number that is no class;
+                names split, row and column.
         """
         row = int(self.indices[position])
         values = self.rows[row]
@@ -97,7 +97,7 @@ class MapSplit(torch.utils.data.Dataset):
         if counted.size and (counted.min() < 0 or counted.max() >= self.num_labels):
             found = sorted(set(counted[(counted < 0) | (counted >= self.num_labels)].tolist()))
             raise DataError(
-                f"The map of {where}, has the classes {_listed(found)}, expected 0 to {self.num_labels - 1}, or "
+                f"The map of {where}, has the classes {names_in(found)}, expected 0 to {self.num_labels - 1}, or "
                 f"{self.ignore_index} for pixels that do not count{' (after reduce_labels)' * self.reduce_labels}."
             )
         return image, Image.fromarray(classes)
@@ -118,7 +118,11 @@ class MapSplit(torch.utils.data.Dataset):
         return image, drawn
 
     def require_labels(self) -> None:
-        """**Raises** `DataError` if no pixel of the split counts: then there is nothing to learn or to measure."""
+        """Some pixel of the split must count: otherwise there is nothing to learn or to measure.
+
+        Raises:
+            DataError: none does.
+        """
         if not any(bool((np.asarray(self.pair(position)[1]) >= 0).any()) for position in range(len(self))):
             raise DataError(
                 f"No pixel of split {self.name!r}, column {self.annotation!r}, counts: all are {self.ignore_index}"
@@ -167,26 +171,18 @@ def segmentation_task(
 ) -> SegmentationTask:
     """Finds columns by type and name; takes a random share of the training split for validation if there is none.
 
-    **Raises** `DataError`: no such column or split, an empty split, fewer than two classes, a processor that crops or
-    pads, so that maps would not fit its images.
+    Raises:
+        DataError: no such column or split, an empty split, fewer than two classes, a processor that crops or pads, so
+            that maps would not fit its images.
     """
     _require_alignment(pixels)
     if len(labels) < 2:
-        raise DataError(f"{len(labels)} classes ({_listed(labels)}), expected at least 2.")
-    if train_split not in raw:
-        raise DataError(f"No split {train_split!r} to train on; the dataset has {_listed(raw)}.")
-    if validation_split is None:
-        validation_split = next((name for name in _VALIDATION_NAMES if name in raw), None)
-    elif validation_split not in raw:
-        raise DataError(f"No split {validation_split!r} to validate on; the dataset has {_listed(raw)}.")
+        raise DataError(f"{len(labels)} classes ({names_in(labels)}), expected at least 2.")
+    validation_split = validation_split_of(raw, train_split, validation_split)
     image, annotation = find_pair(raw[train_split].features, image_column, annotation_column)
 
     def split(name: str) -> MapSplit:
-        rows = raw[name]
-        if absent := {image, annotation} - set(rows.column_names):
-            raise DataError(f"Split {name!r} has no column {_listed(absent)}; it has {_listed(rows.column_names)}.")
-        if len(rows) == 0:
-            raise DataError(f"Split {name!r} is empty: give it examples, or leave it out.")
+        rows = rows_of(raw, name, {image, annotation})
         for column in (image, annotation):
             rows = rows.cast_column(column, ImageFeature(decode=False))
         rows = rows.select_columns([image, annotation])
@@ -231,16 +227,16 @@ def find_pair(features: Features, image: str | None = None, annotation: str | No
     pictures = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
     for name, kind in ((image, "image"), (annotation, "annotation")):
         if name is not None:
-            _require(name, features, kind)
+            require_column(name, features, kind)
             if name not in pictures:
-                raise DataError(f"Column {name!r} for the {kind} holds no images. Columns: {_table(features)}.")
+                raise DataError(f"Column {name!r} for the {kind} holds no images. Columns: {table(features)}.")
     if image is None:
         others = [column for column in pictures if column != annotation]
         candidates = [column for column in others if column not in _ANNOTATION_NAMES] or others
-        image = _only(candidates, _IMAGE_NAMES, "image", "of type Image", features)
+        image = only_column(candidates, _IMAGE_NAMES, "image", "of type Image", features)
     if annotation is None:
         others = [column for column in pictures if column != image]
-        annotation = _only(others, _ANNOTATION_NAMES, "annotation", "of type Image beside the images", features)
+        annotation = only_column(others, _ANNOTATION_NAMES, "annotation", "of type Image beside the images", features)
     return image, annotation
 
 

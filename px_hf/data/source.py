@@ -9,7 +9,8 @@ from datasets import Dataset, DatasetDict, Features, load_dataset, load_dataset_
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
-from px_hf.errors import DataError
+from ..errors import DataError
+from .columns import names_in
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class DataSource:
 def read_dataset(source: DataSource, cache_dir: str | None = None) -> DatasetDict:
     """Reads every split of `source`.
 
-    **Raises** `DataError` when no kind of source or more than one is named, when a folder or file does
-    not exist, or when there is no training data among them.
+    Raises:
+        DataError: no kind of source or more than one is named, a folder or file does not exist, or there is no
+            training data among them.
     """
     kinds = [kind for kind in (source.dataset_name, source.folders, source.files) if kind]
     if len(kinds) != 1:
@@ -102,9 +104,10 @@ def _local_parquet(source: DataSource, cache_dir: str | None) -> list[str]:
 
 
 def _require_own_names(files: list[str], raw: DatasetDict) -> None:
-    """**Raises** `DataError` if a Parquet file has other class names than those that datasets read it with.
+    """Parquet files must have the class names that datasets read them with: for all files, those of the first.
 
-    It reads all files of a folder with the names of the first.
+    Raises:
+        DataError: one has others.
     """
     used = next(iter(raw.values())).features
     for file in files:
@@ -113,7 +116,7 @@ def _require_own_names(files: list[str], raw: DatasetDict) -> None:
             if names and column in used and list(getattr(used[column], "names", None) or names) != list(names):
                 raise DataError(
                     f"{file} has other classes in column {column!r} than the other splits, or another order: "
-                    f"{list(names)[:12]} instead of {list(used[column].names)[:12]}."
+                    f"[{names_in(names)}] instead of [{names_in(used[column].names)}]."
                 )
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from px_hf.errors import DataError
+from ..errors import DataError
 
 Pixels = Callable[[list[Image.Image]], torch.Tensor]
 """From n RGB images to `[n, 3, H, W]`."""
@@ -52,7 +52,11 @@ class Split(torch.utils.data.Dataset):
         return replace(self, pixels=pixels)
 
     def images(self, positions: Sequence[int]) -> list[Image.Image]:
-        """RGB images. **Raises** `DataError`, naming split and row, for an unreadable one."""
+        """RGB images.
+
+        Raises:
+            DataError: one is unreadable; names split and row.
+        """
         rows = [int(self.indices[position]) for position in positions]
         return [self._read(row, value) for row, value in zip(rows, self.rows[rows][self.image], strict=True)]
 

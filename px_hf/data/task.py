@@ -9,11 +9,10 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 
-from px_hf.errors import DataError
-
+from ..errors import DataError
+from .columns import described, names_in, only_column, require_column, rows_of, table, validation_split_of
 from .split import Split
 
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _LABEL_NAMES = ("label", "labels")
 
 
@@ -51,24 +50,19 @@ def classification_task(
 ) -> ClassificationTask:
     """Finds columns by feature type, checks every label, takes a validation split off if there is none.
 
-    **Arguments:**
-    - `image_column`, `label_column`: by default the only column of that type, or among several the one
-      called `image`, `label` or `labels`. Labels are `ClassLabel`, integers 0..K-1, or strings, whose
-      sorted distinct training values become the classes.
-    - `validation_split`: its name; by default `validation`, `valid`, `val` or `dev`. Where there is none, a
-      seeded share `validation_share` of each class of the training split. The test split is never used.
-    - `test_split`: its name; a dataset without it has no test split; None ignores it.
+    Args:
+        image_column, label_column: by default the only column of that type, or among several the one called `image`,
+            `label` or `labels`. Labels are `ClassLabel`, integers 0..K-1, or strings, whose sorted distinct training
+            values become the classes.
+        validation_split: its name; by default `validation`, `valid`, `val` or `dev`. Where there is none, a seeded
+            share `validation_share` of each class of the training split. The test split is never used.
+        test_split: its name; a dataset without it has no test split; None ignores it.
 
-    **Raises** `DataError`: no such column or split, an empty split, labels that are missing, not integers, negative
-    or out of range, fewer than two classes, a class without a training example, other classes in another split.
+    Raises:
+        DataError: no such column or split, an empty split, labels that are missing, not integers, negative or out of
+            range, fewer than two classes, a class without a training example, other classes in another split.
     """
-    if train_split not in raw:
-        raise DataError(f"No split {train_split!r} to train on; the dataset has {_listed(raw)}.")
-    if validation_split is None:
-        validation_split = next((name for name in _VALIDATION_NAMES if name in raw), None)
-    elif validation_split not in raw:
-        raise DataError(f"No split {validation_split!r} to validate on; the dataset has {_listed(raw)}.")
-
+    validation_split = validation_split_of(raw, train_split, validation_split)
     if len(raw[train_split]) == 0:
         raise DataError(f"The training split {train_split!r} is empty.")
 
@@ -78,17 +72,12 @@ def classification_task(
     labels = class_names(raw[train_split], label)
     if len(labels) < 2:
         raise DataError(
-            f"Column {label!r} of split {train_split!r} has the classes [{_listed(labels)}], expected at least 2: "
+            f"Column {label!r} of split {train_split!r} has the classes [{names_in(labels)}], expected at least 2: "
             "there is nothing to tell apart."
         )
 
     def split(name: str) -> Split:
-        rows = raw[name]
-        absent = {image, label} - set(rows.column_names)
-        if absent:
-            raise DataError(f"Split {name!r} has no column {_listed(absent)}; it has {_listed(rows.column_names)}.")
-        if len(rows) == 0:
-            raise DataError(f"Split {name!r} is empty: give it examples, or leave it out.")
+        rows = rows_of(raw, name, {image, label})
         targets = read_labels(rows, label, labels, name)
         undecoded = rows.cast_column(image, ImageFeature(decode=False)).select_columns([image])
         return Split(name, undecoded, image, np.arange(len(rows)), targets)
@@ -99,7 +88,7 @@ def classification_task(
         empty = [labels[k] for k in np.flatnonzero(counts == 0)]
         raise DataError(
             f"{len(empty)} of {len(labels)} classes have no example in the training split {train_split!r}: "
-            f"{_listed(empty)}. Add examples of them, or remove them from the label column's classes."
+            f"{names_in(empty)}. Add examples of them, or remove them from the label column's classes."
         )
     if validation_split is None:
         train, validation = _split_off(train, labels, validation_share, seed)
@@ -112,32 +101,32 @@ def classification_task(
 def find_image_column(features: Features, name: str | None = None) -> str:
     """The column of images. A named one may also hold paths or encoded bytes without the `Image` type."""
     if name is not None:
-        _require(name, features, "image")
+        require_column(name, features, "image")
         feature = features[name]
         encoded = isinstance(feature, Value) and feature.dtype in ("string", "binary", "large_binary")
         struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
         if not (isinstance(feature, ImageFeature) or encoded or struct):
-            raise DataError(f"Column {name!r} holds no images but {_described(feature)}. Columns: {_table(features)}.")
+            raise DataError(f"Column {name!r} holds no images but {described(feature)}. Columns: {table(features)}.")
         return name
     found = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
-    return _only(found, ("image", "images", "img"), "image", "of type Image", features)
+    return only_column(found, ("image", "images", "img"), "image", "of type Image", features)
 
 
 def find_label_column(features: Features, name: str | None = None) -> str:
     """The column of classes: `ClassLabel` before integers before strings."""
     if name is not None:
-        _require(name, features, "label")
+        require_column(name, features, "label")
         if not any(accepts(features[name]) for accepts in (_is_class, _is_integer, _is_string)):
             raise DataError(
-                f"Column {name!r} holds {_described(features[name])}, expected ClassLabel, integers or "
-                f"strings. Columns: {_table(features)}."
+                f"Column {name!r} holds {described(features[name])}, expected ClassLabel, integers or "
+                f"strings. Columns: {table(features)}."
             )
         return name
     for accepts in (_is_class, _is_integer, _is_string):
         found = [column for column, feature in features.items() if accepts(feature)]
         if found:
-            return _only(found, _LABEL_NAMES, "label", "of classes", features)
-    return _only([], _LABEL_NAMES, "label", "of type ClassLabel, integer or string", features)
+            return only_column(found, _LABEL_NAMES, "label", "of classes", features)
+    return only_column([], _LABEL_NAMES, "label", "of type ClassLabel, integer or string", features)
 
 
 def class_names(rows: Dataset, column: str) -> list[str]:
@@ -152,19 +141,23 @@ def class_names(rows: Dataset, column: str) -> list[str]:
 
 
 def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -> np.ndarray:
-    """The class of every row, int64 in [0, len(labels)). **Raises** `DataError` naming the first bad row."""
+    """The class of every row, int64 in [0, len(labels)).
+
+    Raises:
+        DataError: a row has no such class; names the first one.
+    """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel) and list(feature.names) != list(labels):
         raise DataError(
             f"Split {split!r} has other classes in column {column!r} than the training split, or another order: "
-            f"{_listed(feature.names)} instead of {_listed(labels)}."
+            f"{names_in(feature.names)} instead of {names_in(labels)}."
         )
     values = rows.with_format(None)[column][:]
     if _is_string(feature):
         known = {name: k for k, name in enumerate(labels)}
         values = [None if value is None else known.get(value, value) for value in values]
     elif not (_is_class(feature) or _is_integer(feature)):
-        raise DataError(f"Column {column!r} of split {split!r} holds {_described(feature)}, expected class labels.")
+        raise DataError(f"Column {column!r} of split {split!r} holds {described(feature)}, expected class labels.")
     for row, value in enumerate(values):
         if isinstance(value, int) and 0 <= value < len(labels):
             continue
@@ -176,7 +169,7 @@ def read_labels(rows: Dataset, column: str, labels: Sequence[str], split: str) -
                 f"{what}: labels are classes 0 to {len(labels) - 1}. Negative labels usually mark a split "
                 "whose labels are not published: leave that split out."
             )
-        raise DataError(f"{what} is none of the {len(labels)} classes of the training split: {_listed(labels)}.")
+        raise DataError(f"{what} is none of the {len(labels)} classes of the training split: {names_in(labels)}.")
     return np.asarray(values, dtype=np.int64)
 
 
@@ -208,38 +201,3 @@ def _is_integer(feature: object) -> bool:
 
 def _is_string(feature: object) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-
-
-def _require(name: str, features: Features, kind: str) -> None:
-    if name not in features:
-        raise DataError(f"No column {name!r} for the {kind}. Columns: {_table(features)}.")
-
-
-def _only(found: list[str], preferred: Sequence[str], kind: str, expected: str, features: Features) -> str:
-    """The only column found, or the one with the usual name."""
-    usual = found if len(found) == 1 else [column for column in found if column in preferred]
-    if len(usual) == 1:
-        return usual[0]
-    count = f"{len(found)} columns {_listed(found)} are" if found else "No column is"
-    raise DataError(
-        f"{count} {expected}, so the {kind} column is unclear. Columns: {_table(features)}. "
-        f"Name it with {kind}_column_name."
-    )
-
-
-def _table(features: Features) -> str:
-    return ", ".join(f"{column} ({_described(feature)})" for column, feature in features.items())
-
-
-def _described(feature: object) -> str:
-    if isinstance(feature, Value):
-        return feature.dtype
-    if isinstance(feature, ClassLabel):
-        return f"ClassLabel of {feature.num_classes}"
-    return type(feature).__name__
-
-
-def _listed(names: object, most: int = 12) -> str:
-    """`'a', 'b', ...`: the first of many."""
-    items = [repr(name) for name in names]  # type: ignore[attr-defined]
-    return ", ".join(items[:most]) + (f", ... ({len(items)} in all)" if len(items) > most else "")

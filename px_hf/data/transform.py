@@ -10,7 +10,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import crop, hflip
 from transformers import BaseImageProcessor
 
-from px_hf.errors import DataError
+from ..errors import DataError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import InvalidArgumentError
 from ..masks import Masks
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from .page import REPORT_FILES, RESULTS_FILE, read_results
 
 
@@ -45,8 +45,9 @@ def attach(
     `source` is None: the folder that the model was loaded from, if it was one; a report on other weights is then left
     where it is, with a warning.
 
-    **Raises** `InvalidArgumentError` if `source` holds no report, or one on other weights; `CheckpointError` if it is
-    damaged.
+    Raises:
+        InvalidArgumentError: `source` holds no report, or one on other weights.
+        CheckpointError: the report is damaged.
     """
     given = source is not None
     if source is None:

@@ -118,7 +118,11 @@ def model_index(results: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def read_results(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The results that lie in `folder`, or None. **Raises** `CheckpointError` if the file is damaged."""
+    """The results that lie in `folder`, or None.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None

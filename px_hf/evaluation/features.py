@@ -15,18 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..atomic import whole
 from ..data import Preprocess, Split
 from ..distributed import on_main, processes, raise_together
 from ..errors import DataError, PxError
 from ..model.inputs import Inputs, run
 from ..model.modes import evaluating
-from ..model.targets import PRUNABLE_LAYERS, head_modules, unwrap
+from ..model.targets import PRUNABLE_LAYERS, head_modules
+from ..model.wrappers import unwrap
 
 
 def head_inputs(model: nn.Module, split: Split, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
@@ -35,7 +38,8 @@ def head_inputs(model: nn.Module, split: Split, *, batch_size: int = 64, progres
     Processes take batches in turn, so that each image is computed once, in the batch that one process would
     compute it in. The model is left as it was.
 
-    **Raises** `DataError` for an unreadable image, on every process alike, or an empty split.
+    Raises:
+        DataError: an image is unreadable, on every process alike, or the split is empty.
     """
     if len(split) == 0:
         raise DataError(f"Split {split.name!r} is empty.")
@@ -108,10 +112,8 @@ class FeatureCache:
             return kept
         computed = features()
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            save_file({"features": np.ascontiguousarray(computed)}, unfinished)
-            os.replace(unfinished, path)
+            with whole(path) as unfinished:
+                save_file({"features": np.ascontiguousarray(computed)}, unfinished)
         return computed if main else None
 
 
@@ -124,8 +126,6 @@ def _read(path: Path) -> np.ndarray | None:
 
 def features_key(model: nn.Module, split: Split, batch_size: int) -> str:
     """SHA-256 of weights, configuration, images, image processor and versions: all that features depend on."""
-    import transformers
-
     digest = hashlib.sha256()
     for name, tensor in unwrap(model).state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())

@@ -6,7 +6,6 @@ A training example i votes for its class with the weight exp(cos(x, x_i) / τ); 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
@@ -21,7 +20,6 @@ class KNN(Probe):
 
     neighbours: tuple[int, ...] = (1, 5, 10, 20, 50, 100)
     temperature: float = 0.07
-    name: ClassVar[str] = "k-NN"
 
     def fit(self, train: Examples, validation: Examples, num_classes: int) -> Fitted:
         grid = [k for k in self.neighbours if k <= len(train.labels)] or [len(train.labels)]

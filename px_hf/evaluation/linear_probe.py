@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -25,7 +24,6 @@ class LinearProbe(Probe):
 
     strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     max_iter: int = 300
-    name: ClassVar[str] = "linear probe"
 
     def fit(self, train: Examples, validation: Examples, num_classes: int) -> Fitted:
         standardise = Standardise.of(train.features)

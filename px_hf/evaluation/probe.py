@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +18,9 @@ Setting = TypeVar("Setting", int, float)
 class Examples:
     """Features, float [N, D], and classes, int [N].
 
-    **Raises** `DataError` if there are none or the numbers differ, `NonFiniteError` for NaN or infinity.
+    Raises:
+        DataError: there are none, or the numbers differ.
+        NonFiniteError: a feature is NaN or infinite.
     """
 
     features: np.ndarray
@@ -54,8 +56,6 @@ class Fitted:
 
 class Probe(ABC):
     """A classifier on frozen features. Subclasses are frozen dataclasses that hold the grid of their one setting."""
-
-    name: ClassVar[str]
 
     @abstractmethod
     def fit(self, train: Examples, validation: Examples, num_classes: int) -> Fitted:

@@ -8,7 +8,6 @@ With standardised features X [N, D], centred one-hot classes Y [N, K] and XᵀX 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -20,7 +19,6 @@ class Ridge(Probe):
     """Scores are the regression's values, no probabilities; `penalties` is the grid of λ, the largest first."""
 
     penalties: tuple[float, ...] = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    name: ClassVar[str] = "ridge"
 
     def fit(self, train: Examples, validation: Examples, num_classes: int) -> Fitted:
         standardise = Standardise.of(train.features)

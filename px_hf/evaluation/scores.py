@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..metrics import metric_path
+from ..metrics.mean_iou.mean_iou import from_confusion
 from .intervals import bootstrap, unit_counts, wilson
 
 
@@ -30,7 +31,8 @@ def classification_scores(
     `scores` [N, K], the highest for the predicted class (of equals the first); `labels` int [N] in [0, K).
     Values are those of the metric scripts of px_hf, intervals those of `px_hf.evaluation.intervals`.
 
-    **Raises** `DataError` if shapes or labels do not fit.
+    Raises:
+        DataError: shapes or labels do not fit.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[0] != len(labels) or len(labels) == 0:
@@ -72,8 +74,6 @@ def segmentation_scores(confusions: np.ndarray, *, seed: int = 0) -> dict[str, S
 
     The interval is for other images of the same kind: a bootstrap over images, since pixels are not independent.
     """
-    from ..metrics.mean_iou.mean_iou import from_confusion
-
     found = from_confusion(confusions.sum(0))
     low, high = bootstrap("mean_iou", unit_counts(confusions), seed=seed)
     return {

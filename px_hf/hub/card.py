@@ -14,7 +14,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..errors import InvalidArgumentError
+from ..downstream.page import markdown, model_index
+from ..errors import InvalidArgumentError, listed
 from ..masks_file import MASKS_FILE
 from ..report import Report
 
@@ -55,10 +56,9 @@ def model_card(
     split) of the pruned model, as fractions, and the same with `dense_` in front for the unpruned one.
     `downstream`: the content of `downstream.json`, as `px_hf.downstream.page` describes it.
 
-    Raises InvalidArgumentError if a result is not a finite number.
+    Raises:
+        InvalidArgumentError: a result is not a finite number.
     """
-    from ..downstream.page import markdown
-
     px, results = config["px"], _checked(results or {})
     library = "timm" if "architecture" in config else "transformers"
     rows = [
@@ -113,8 +113,6 @@ def _metadata(
     downstream: Mapping[str, Any] | None,
     license: str | None,
 ) -> ModelCardData:
-    from ..downstream.page import model_index
-
     px = config["px"]
     base, dataset = _hub_base(px), str(px.get("dataset_id") or px.get("dataset") or "")
     evaluations = [
@@ -251,7 +249,7 @@ def _weights(files: Mapping[str, int]) -> list[tuple[str, str, str]]:
     for start, what in _FILES.items():
         names = [name for name in sorted(files) if name.startswith(start) and name.endswith(".safetensors")]
         if names:
-            shown = f"`{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else "")
+            shown = listed((f"`{name}`" for name in names), 1)
             rows.append((shown, _size(sum(files[name] for name in names)), what))
     return rows
 

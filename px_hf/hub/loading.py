@@ -41,8 +41,9 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
     of the config. With others (`device_map`, `config`, ...) transformers itself reads the compact copy. A timm model
     takes those of the download and `dtype`.
 
-    Raises CheckpointError if there is no such folder or repository, something in it is missing or damaged,
-    a weight of the model would not come from the file, or a pruned weight is not zero.
+    Raises:
+        CheckpointError: there is no such folder or repository, something in it is missing or damaged, a weight of the
+            model would not come from the file, or a pruned weight is not zero.
     """
     source = str(folder_or_repo_id)
     download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}

@@ -42,9 +42,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..distributed import processes
+from ..downstream.attached import attach
 from ..errors import HubError, InvalidArgumentError
 from ..masks import Masks
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from ..plots import plot_layer_sparsity
 from ..report import Report, report
 from ..version import __version__
@@ -117,13 +118,13 @@ def push_to_hub(
 
     Returns the commit, or for a dry run the list of files.
 
-    Raises HubError, which says what to do, if nothing was pushed: no token, no permission, a revision that is no
-    branch, no connection, an error of the Hub, no room for the temporary copy. InvalidArgumentError for a malformed
-    `repo_id` or an `evaluation` of another model, CheckpointError for a damaged one, and what `save_pretrained`
-    raises.
+    Raises:
+        HubError: nothing was pushed, and it says what to do: no token, no permission, a revision that is no branch, no
+            connection, an error of the Hub, no room for the temporary copy.
+        InvalidArgumentError: a malformed `repo_id`, or an `evaluation` of another model.
+        CheckpointError: a damaged `evaluation`.
+        PxError: whatever `save_pretrained` raises.
     """
-    from ..downstream.attached import attach
-
     _check_repo_id(repo_id)
     if not processes().is_main:
         return None

@@ -31,14 +31,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from ..atomic import beside, remove
 from ..compact import write_compact
 from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.empty import build_empty
-from ..model.targets import unwrap
 from ..model.widths import structure_of
+from ..model.wrappers import inner_name, named_parameters, unwrap
 from ..version import __version__, commit
 from . import timm_models
 
@@ -69,9 +70,10 @@ def save_pretrained(
 
     All is written beside the folder first: if something fails, the folder is as it was.
 
-    Raises TargetError if the masks do not fit the model or its pruned weights are not zero,
-    InvalidArgumentError if the model is of neither library or the provenance is not JSON, OutputExistsError
-    if a file would be overwritten.
+    Raises:
+        TargetError: the masks do not fit the model, or its pruned weights are not zero.
+        InvalidArgumentError: the model is of neither library, or the provenance is not JSON.
+        OutputExistsError: a file would be overwritten.
     """
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
@@ -90,11 +92,9 @@ def save_pretrained(
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{folder} is a file. Choose another name for the folder.")
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    sparse = unfinished / SPARSE_FOLDER
-    sparse.mkdir(parents=True)
-    try:
+    with beside(folder) as unfinished:
+        sparse = unfinished / SPARSE_FOLDER
+        sparse.mkdir(parents=True)
         state = _state(model, masks)
         _save_dense(model, state, unfinished, max_shard_size)
         write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size)
@@ -110,15 +110,13 @@ def save_pretrained(
         for code in unfinished.glob("*.py"):  # of a model that is not one of transformers' own
             shutil.copy(code, sparse)
         _move(unfinished, folder, overwrite)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 _QUANTIZATION = {"quant_method": QUANT_METHOD, "version": VERSION, "dequantize": True}
 
 
 def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the shapes of a model differ from those that its config makes: see `structured.structure`."""
+    """How the shapes of a model differ from those that its config makes: see `px_hf.model.widths`."""
 
     def build() -> nn.Module:
         stock = isinstance(model, PreTrainedModel)
@@ -132,10 +130,9 @@ def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _state(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
     """The tensors to save by the names of `masks`: tied ones once, pruned weights as +0.0."""
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-    names = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters(remove_duplicate=False)}
-    once = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters()}
-    state = {name: tensor for name, tensor in state.items() if name not in names - once or name in masks}
+    state = {inner_name(name): tensor for name, tensor in model.state_dict().items()}
+    again = named_parameters(model, remove_duplicate=False).keys() - named_parameters(model).keys()
+    state = {name: tensor for name, tensor in state.items() if name not in again or name in masks}
     for name, mask in masks.tensors.items():
         pruned = ~mask.to(state[name].device)
         if bool((state[name].signbit() & pruned).any()):  # -0.0, as multiplying by a mask gives
@@ -210,5 +207,5 @@ def _move(source: Path, folder: Path, overwrite: bool) -> None:
         path.unlink(missing_ok=True)
     for path in sorted(targets, key=lambda path: path.name == CONFIG_NAME):
         if targets[path].is_dir():
-            shutil.rmtree(targets[path])
+            remove(targets[path])
         os.replace(path, targets[path])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import TargetError
+from ..errors import TargetError, listed
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Conversion:
     def __str__(self) -> str:
         lines = [f"{len(self.converted)} layers converted, {len(self.skipped)} skipped"]
         for reason, names in _by_reason(self.skipped).items():
-            lines.append(f"  {len(names)} {reason}: {_listed(names)}")
+            lines.append(f"  {len(names)} {reason}: {listed(names, 3)}")
         return "\n".join(lines)
 
 
@@ -47,7 +47,7 @@ def sort_out(
 def require_some(fit: dict[str, nn.Linear], skipped: dict[str, str], to_what: str, advice: str) -> None:
     """TargetError with all reasons if no layer is left: the model would be as slow as before."""
     if not fit:
-        reasons = "; ".join(f"{len(names)} {why}: {_listed(names)}" for why, names in _by_reason(skipped).items())
+        reasons = "; ".join(f"{len(names)} {why}: {listed(names, 3)}" for why, names in _by_reason(skipped).items())
         raise TargetError(f"No layer can be converted to {to_what} ({reasons or 'there is none'}). {advice}")
 
 
@@ -61,7 +61,3 @@ def _by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
     for name, reason in skipped.items():
         found[reason].append(name or "the model")
     return found
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, TargetError
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from .conversion import Conversion, require_some, sort_out
 
 _ROWS = 64
@@ -35,8 +35,9 @@ def accelerate_csr_(model: nn.Module, min_sparsity: float = 0.85, min_weights: i
     `min_weights`: the least number of weights, zeros included; in smaller layers than 512 × 512 the work of starting
     the kernels eats the gain.
 
-    Raises InvalidArgumentError for a `min_sparsity` out of range; TargetError, leaving the model as it was, if it is
-    not on a CPU or has no such layer.
+    Raises:
+        InvalidArgumentError: `min_sparsity` is out of range.
+        TargetError: the model is not on a CPU or has no such layer; it is left as it was.
     """
     if not 0 <= min_sparsity <= 1:
         raise InvalidArgumentError(f"min_sparsity={min_sparsity!r}: expected a fraction in [0, 1].")

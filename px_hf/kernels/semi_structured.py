@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
-from ..model.targets import unwrap
+from ..model.wrappers import unwrap
 from .conversion import Conversion, require_some, sort_out
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -30,7 +30,8 @@ def accelerate_24_(model: nn.Module) -> Conversion:
     rounding. Save the model before: a converted one has no dense weights to save. Convolutions stay dense (torch has
     no such kernel for them; TensorRT has).
 
-    Raises TargetError, and leaves the model as it was, if it is not on such a GPU or no layer can be converted.
+    Raises:
+        TargetError: the model is not on such a GPU, or no layer can be converted; it is left as it was.
     """
     model = unwrap(model)
     require_gpu(model)

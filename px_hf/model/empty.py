@@ -15,7 +15,8 @@ from ..errors import CheckpointError, PxError
 def build_empty(build: Callable[[], nn.Module], source: str) -> nn.Module:
     """The model that `build` makes from a config, with its parameters on the meta device and its buffers real.
 
-    Raises CheckpointError if it cannot: a config that anybody may have written can fail in any way.
+    Raises:
+        CheckpointError: it cannot be built: a config that anybody may have written can fail in any way.
     """
     try:
         with init_empty_weights(include_buffers=False), _NothingToFill():

@@ -14,7 +14,8 @@ from .inputs import Inputs, inputs_of
 def example_of(model: nn.Module, example: Any = None) -> Inputs:
     """One image to run `model` on: the first of the batch `example`, or zeros of the size that the model names.
 
-    Raises DataError if there is neither.
+    Raises:
+        DataError: there is neither.
     """
     example = default_example(model) if example is None else example
     if example is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, NonFiniteError
+from .wrappers import paths_of_tensors
 
 Batches = Iterable[Any]
 """A re-iterable of batches: a list, a DataLoader. A batch is a tensor [N, C, H, W], a pair
@@ -133,6 +134,25 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
     return logits
 
 
+def run_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """`run`, with ``tensors`` in place of the parameters and buffers of those names."""
+    paths = paths_of_tensors(model)
+    return torch.func.functional_call(
+        _Run(model), {f"model.{paths[name]}": tensor for name, tensor in tensors.items()}, (inputs,)
+    )
+
+
+class _Run(nn.Module):
+    """`run` as a module, so that its parameters can be passed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return run(self.model, inputs)
+
+
 def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
     """The labels of the batch, int64 [N] for logits [N, K], for a criterion that cannot do without.
 
@@ -160,7 +180,11 @@ def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
 
 
 def require_finite(logits: Tensor, batch: int) -> None:
-    """Raises NonFiniteError if the network's own output is not finite."""
+    """The network's own output must be finite.
+
+    Raises:
+        NonFiniteError: it is not; names the batch.
+    """
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError(
             f"the network's output for batch {batch} is not finite. Check the images for NaN, and whether the model "

@@ -8,21 +8,28 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from .wrappers import is_compiled
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module of ``model`` in eval mode; each gets its own ``training`` flag back.
 
-    Also leaves ``torch.inference_mode``, under which nothing can be differentiated.
+    Also leaves ``torch.inference_mode``, under which nothing can be differentiated, and runs what is compiled as it
+    is written: rules must see every operation.
     """
     flags = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _as_written(model):
             yield
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+def _as_written(model: nn.Module) -> AbstractContextManager[object]:
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

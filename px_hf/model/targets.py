@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import TargetError
+from .wrappers import named_parameters, unwrap
 
 PRUNABLE_LAYERS: Final = (
     nn.Linear,
@@ -25,17 +26,6 @@ HEAD_NAMES: Final = (
     "classifier", "fc", "head", "heads", "cls_classifier", "distillation_classifier", "decode_head", "auxiliary_head",
 )  # fmt: skip
 """Attributes of a model that are taken for its classifier or decoder where the model does not say it itself."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def head_modules(model: nn.Module) -> set[nn.Module]:
@@ -94,7 +84,8 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Parameter]:
-    """The prunable weights of ``model``, by their name in ``named_parameters()`` and in its order.
+    """The prunable weights of ``model``, by the names that `px_hf.model.wrappers` gives them, in the model's
+    order.
 
     Weights of convolutions and linear layers; biases, norms, embeddings (the patch embedding too) and
     class tokens never. The classifier head, which is freshly initialised in transfer learning, is left
@@ -112,7 +103,7 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
         if isinstance(module, PRUNABLE_LAYERS) and module not in left_out:
             named = module.named_parameters(recurse=False)
             chosen.update(p for name, p in named if name.endswith("weight") and p.dim() > 1 and p.is_floating_point())
-    weights = {name: p for name, p in model.named_parameters() if p in chosen}
+    weights = {name: p for name, p in named_parameters(model).items() if p in chosen}
     if not weights:
         raise TargetError(
             f"{type(model).__name__} has no prunable weights. Expected at least one convolution or linear layer "

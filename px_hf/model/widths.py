@@ -50,7 +50,8 @@ def structure_of(model: nn.Module, built: nn.Module) -> Structure:
 def restore_(built: nn.Module, structure: Any, source: str) -> None:
     """Give a newly built model, whose parameters may be on the meta device, a noted structure.
 
-    Raises CheckpointError unless `structure` is one of this model: then nothing was changed.
+    Raises:
+        CheckpointError: `structure` is none of this model; then nothing was changed.
     """
     built = _inner(built)
     shapes, counts = _checked(built, structure, source)

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import UnsupportedOpError
+from ..errors import UnsupportedOpError, listed
 from ..model.modes import full_precision
 from .bystanders import name_of, of_gates, of_parameters, reshaped
 from .call import Call
@@ -320,8 +320,7 @@ class Tracer(TorchFunctionMode):
     def _message(self) -> str:
         lines = []
         for name, modules in self._unknown.items():
-            shown = ", ".join(list(modules)[:5]) + (f" and {len(modules) - 5} more" if len(modules) > 5 else "")
-            lines.append(f"  {name}  in {shown}")
+            lines.append(f"  {name}  in {listed(modules, 5)}")
         return (
             f"{len(self._unknown)} operation(s) of this model have no path rule, so PX cannot score it:\n"
             + "\n".join(lines)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..distributed import processes
-from ..errors import NonFiniteError, TargetError
-from ..model.inputs import Batches, Inputs, inputs_of, require_finite, run
+from ..errors import NonFiniteError, TargetError, listed
+from ..model.inputs import Batches, Inputs, inputs_of, require_finite, run_with
 from ..model.modes import evaluating, full_precision
-from ..model.targets import prunable, unwrap
+from ..model.wrappers import named_buffers, named_parameters
 from .masking import masked
 from .sums import sum_aligned_
 
@@ -35,15 +35,14 @@ class MaskedNetwork:
         left_out: names of prunable weights that the output does not depend on.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None, prune_head: bool) -> None:
-        self.model = unwrap(model)
-        self.masks = masks or {}
+    def __init__(self, model: nn.Module, targets: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.masks = masks
         self.left_out: dict[str, None] = {}
-        targets = prunable(self.model, prune_head)
         double = any(p.dtype == torch.float64 for p in self.model.parameters())
         self.dtype = torch.float64 if double else torch.float32
         self.device = next(iter(targets.values())).device
-        values = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        values = {**named_buffers(model), **named_parameters(model)}
         with torch.inference_mode(False):
             floats = {
                 name: masked(value, self.masks.get(name)).to(self.dtype)
@@ -51,8 +50,7 @@ class MaskedNetwork:
                 if value.is_floating_point()
             }
         self.weights = {name: floats.pop(name) for name in targets}
-        self._fixed = {f"model.{name}": value for name, value in floats.items()}
-        self._run = _Run(self.model)
+        self._fixed = floats
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -73,9 +71,7 @@ class MaskedNetwork:
     def logits(self, inputs: Inputs, weights: Mapping[str, Tensor]) -> Tensor:
         """f(x; weights), [N, K]; ``weights`` may also name buffers."""
         given = Inputs(inputs.images.to(self.dtype), inputs.others)
-        return torch.func.functional_call(
-            self._run, {**self._fixed, **{f"model.{name}": w for name, w in weights.items()}}, (given,)
-        )
+        return run_with(self.model, {**self._fixed, **weights}, given)
 
     def gradients(self, output: Tensor, leaves: Tensors, create_graph: bool = False) -> Tensors:
         """∂output/∂leaf; a leaf that the output does not depend on is left out."""
@@ -104,13 +100,13 @@ class MaskedNetwork:
         if not total:
             raise TargetError(
                 f"the output of {type(self.model).__name__} does not depend on any of its prunable weights: "
-                f"{_shown(list(self.weights))}."
+                f"{listed(self.weights)}."
             )
         sum_aligned_(total, 0 if mine else None)
         return total
 
     def scores(self, values: Tensors) -> Tensors:
-        """``values`` rounded to the dtype of the network, pruned weights at 0.
+        """``values`` rounded to the dtype of the network.
 
         Values far outside the range of float32 are all multiplied by one power of two.
 
@@ -127,34 +123,27 @@ class MaskedNetwork:
         if left_out and processes().is_main:
             warnings.warn(
                 f"{len(left_out)} prunable weight(s) get no score and stay dense, because the output does not "
-                f"depend on them: {_shown(left_out)}.",
-                stacklevel=3,
+                f"depend on them: {listed(left_out)}.",
+                stacklevel=4,
             )
         largest = max(float(value.abs().max()) for value in values.values())
         if largest == 0:
             warnings.warn(
                 "every score is 0: nothing that a weight does reaches the output. A classifier head initialised to "
                 "zeros does this (initialise it, or fit it first), and so does a layer that has been pruned empty.",
-                stacklevel=3,
+                stacklevel=4,
             )
         exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent)
         factor = 2.0**-exponent if abs(exponent) > 60 else 1.0
-        return {name: masked((v * factor).to(self.dtype), self.masks.get(name)) for name, v in values.items()}
-
-
-class _Run(nn.Module):
-    """`run` as a module, so that its parameters can be passed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return run(self.model, inputs)
+        return {name: (value * factor).to(self.dtype) for name, value in values.items()}
 
 
 def finite_logits(network: MaskedNetwork, inputs: Inputs, weights: Mapping[str, Tensor], batch: int) -> Tensor:
-    """f(x; weights). Raises NonFiniteError naming the batch."""
+    """f(x; weights).
+
+    Raises:
+        NonFiniteError: it is not finite; names the batch.
+    """
     logits = network.logits(inputs, weights)
     require_finite(logits, batch)
     return logits
@@ -166,7 +155,3 @@ def _add_(total: Tensors, terms: Tensors) -> None:
             total[name].add_(term)
         else:
             total[name] = term.detach().to(torch.float64, copy=True)
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

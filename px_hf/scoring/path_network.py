@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, TargetError
-from ..model.inputs import Inputs, run
+from ..errors import NonFiniteError, TargetError, listed
+from ..model.inputs import Inputs, run, run_with
 from ..model.modes import full_precision
+from ..model.wrappers import named_parameters
 from ..ops import ForgottenError, Paths, Reading, Tracer, Weight
 from .masking import masked
 
@@ -26,7 +27,7 @@ class PathNetwork:
         self.model = model
         self.order = order
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
-        self.masks = {p: masks[name].to(p.device) for name, p in model.named_parameters() if name in masks}
+        self.masks = {p: masks[name].to(p.device) for name, p in named_parameters(model).items() if name in masks}
         self.targets = targets
         self.squares: dict[str, Tensor] = {}
         """θ² of the targets (|θ| where ``order`` is 1), once they have been read."""
@@ -119,19 +120,19 @@ class PathNetwork:
         lost = self._influential(acting, inputs) if acting else []
         if lost:
             raise TargetError(
-                f"the output depends on {len(lost)} prunable weight(s) that no path leads through: {_shown(lost)}. "
+                f"the output depends on {len(lost)} prunable weight(s) that no path leads through: {listed(lost)}. "
                 "They act only through a factor that the op rules freeze. Keep them out of pruning, or use a "
                 "criterion that needs no paths (Magnitude)."
             )
         self.left_out |= dict.fromkeys(names)
         if len(self.left_out) == len(self.squares):
-            raise TargetError(f"no path leads through any of the prunable weights: {_shown(names)}.")
+            raise TargetError(f"no path leads through any of the prunable weights: {listed(names)}.")
 
     def _influential(self, names: list[str], inputs: Inputs) -> list[str]:
         """Those of the targets that the network's own output depends on."""
-        leaves = {f"model.{name}": self.targets[name].detach().clone().requires_grad_(True) for name in names}
+        leaves = {name: self.targets[name].detach().clone().requires_grad_(True) for name in names}
         with torch.enable_grad():
-            logits = torch.func.functional_call(_Run(self.model), leaves, (inputs,))
+            logits = run_with(self.model, leaves, inputs)
             if not logits.requires_grad:
                 return []
             found = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
@@ -142,8 +143,8 @@ class PathNetwork:
             warnings.warn(
                 f"{len(self.left_out)} prunable weight(s) get no score and stay dense, because no path leads through "
                 f"them (their output is not used, or their input does not depend on the images): "
-                f"{_shown(list(self.left_out))}.",
-                stacklevel=4,
+                f"{listed(self.left_out)}.",
+                stacklevel=5,
             )
 
     def any_kept(self) -> bool:
@@ -152,17 +153,6 @@ class PathNetwork:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.is_floating_point()]
-
-
-class _Run(nn.Module):
-    """`run` as a module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return run(self.model, inputs)
 
 
 class PathScores:
@@ -203,7 +193,7 @@ class PathScores:
             warnings.warn(
                 "every score is 0: no path from the images to the output survives. A classifier head initialised to "
                 "zeros does this (initialise it, or fit it first), and so does a layer that has been pruned empty.",
-                stacklevel=3,
+                stacklevel=4,
             )
         factor = exponent * self._power
         limit = 500 if self._network.dtype == torch.float64 else 60
@@ -211,7 +201,3 @@ class PathScores:
             for score in scores.values():
                 score *= 2.0**factor
         return scores
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

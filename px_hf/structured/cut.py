@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.sizes import follow_shapes_
+from ..model.wrappers import named_buffers, named_parameters
 from .units import Family
 
 Kept = dict[str, dict[int, Tensor]]
@@ -18,7 +19,7 @@ Kept = dict[str, dict[int, Tensor]]
 
 def kept_entries(model: nn.Module, families: Mapping[Family, Tensor]) -> Kept:
     """What stays of each tensor when the units stay that are marked, family -> bool [units]."""
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors: dict[str, Tensor] = {**named_parameters(model), **named_buffers(model)}
     stays: dict[str, dict[int, Tensor]] = {}
     for family, kept in families.items():
         for part in family.parts:
@@ -46,7 +47,7 @@ def smaller_copy(
     The large tensors are never copied. Sizes that modules hold as integers follow, `Family.counts` among them.
     """
     memo: dict[int, Any] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in {**named_parameters(module), **named_buffers(module)}.items():
         mask = None if masks is None else masks.get(name)
         if mask is None and not kept.get(name):
             continue

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import TargetError
 from ..masks import Masks
 from ..model.example import example_of
-from ..model.inputs import Inputs, run
+from ..model.inputs import run, run_with
 from ..model.modes import evaluating
-from ..model.targets import prunable, unwrap
+from ..model.targets import prunable
+from ..model.wrappers import unwrap
 from .cut import cut, kept_entries, smaller_copy
 from .express import express_in_config_
 from .heads import agree, with_counts
@@ -40,8 +41,10 @@ def shrink(model: nn.Module, masks: Masks, example: Any = None) -> tuple[nn.Modu
     `example`: a batch as the model takes it; the first image of it is run, in eval mode, to find the units and to
     compare the two models. By default zeros of the size that the configuration names.
 
-    Raises TargetError if the masks do not fit the model or prune no unit, or the smaller model does not compute what
-    the masked one does; DataError if there is no example.
+    Raises:
+        TargetError: the masks do not fit the model or prune no unit, or the smaller model does not compute what the
+            masked one does.
+        DataError: there is no example.
     """
     model = unwrap(model)
     parameters = masks.match(model)
@@ -58,9 +61,9 @@ def shrink(model: nn.Module, masks: Masks, example: Any = None) -> tuple[nn.Modu
     kept = kept_entries(model, stays)
     small = smaller_copy(model, kept, stays, masks.tensors)
     rest = Masks({name: cut(mask, kept.get(name, {})) for name, mask in masks.tensors.items()})
-    masked = {f"model.{name}": p.masked_fill(~masks.tensors[name].to(p.device), 0) for name, p in parameters.items()}
+    masked = {name: p.masked_fill(~masks.tensors[name].to(p.device), 0) for name, p in parameters.items()}
     with evaluating(model), evaluating(small):
-        expected = torch.func.functional_call(_Run(model), masked, (inputs,))
+        expected = run_with(model, masked, inputs)
         if not agree(run(small, inputs), expected):
             raise TargetError(
                 f"a smaller {type(model).__name__} does not compute what the masked one does. Please report this: the "
@@ -68,14 +71,3 @@ def shrink(model: nn.Module, masks: Masks, example: Any = None) -> tuple[nn.Modu
             )
     express_in_config_(small, inputs)
     return small, rest
-
-
-class _Run(nn.Module):
-    """`run` as a module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        return run(self.model, inputs)

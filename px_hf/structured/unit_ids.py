@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..model.wrappers import named_buffers, named_parameters
 from ..ops import RULES
 from ..ops.nested import tensors_of
 from ..ops.registry import Rule
@@ -68,7 +69,7 @@ class UnitTracer(TorchFunctionMode):
         self._rules = rules
         self._starts = starts
         self.sites: list[Site] = []
-        self._names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._names = {id(t): name for name, t in {**named_parameters(model), **named_buffers(model)}.items()}
         self._parent = [0]
         self._maker = [0]
         self._pinned: set[int] = set()

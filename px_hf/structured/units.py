@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..model.inputs import Inputs, run
 from ..model.modes import evaluating
-from ..model.targets import unwrap
+from ..model.wrappers import named_parameters, unwrap
 from .id_rules import ID_RULES, STARTS_IDS
 from .unit_ids import Role, UnitTracer
 
@@ -72,7 +72,7 @@ def trace_units(model: nn.Module, inputs: Inputs, targets: Collection[str]) -> l
         logits = run(model, inputs)
     tracer.pin(tracer.ids_of(logits))
     pinned, attending = tracer.pinned, tracer.attending
-    matrices = {name for name, p in model.named_parameters() if p.dim() > 1}
+    matrices = {name for name, p in named_parameters(model).items() if p.dim() > 1}
 
     places: dict[int, dict[int, list[int]]] = {}  # root -> number of a site -> entries there
     for number, site in enumerate(tracer.sites):

@@ -39,7 +39,8 @@ Returns:
 def confusion_matrices(predictions, references, num_labels: int, ignore_index: int) -> numpy.ndarray:  # type: ignore[no-untyped-def]
     """Counts of pixels, int64 [N, K, K]: `[n, true, predicted]`, of the maps `predictions` and `references` [N, H, W].
 
-    Raises ValueError for a reference that is neither a class nor `ignore_index`, or a prediction that is no class.
+    Raises:
+        ValueError: a reference is neither a class nor `ignore_index`, or a prediction is no class.
     """
     counts = numpy.zeros((len(references), num_labels, num_labels), dtype=numpy.int64)
     for n, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
