@@ -55,23 +55,31 @@ from .select import select
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .distillation import Distillation
     from .export import export_onnx
+    from .gradual import gradual_pruning
     from .hub.loading import from_pretrained
     from .hub.push import push_to_hub
     from .hub.saving import save_pretrained
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
     from .structured.shrink import shrink
-    from .trainer import KeepMasks
+    from .trainer.distillation_trainer import DistillationTrainer
+    from .trainer.gradual_pruning import GradualPruning
+    from .trainer.keep_masks import KeepMasks
 
 _register()
 
 _LAZY = {
-    "KeepMasks": "trainer",
+    "Distillation": "distillation",
+    "DistillationTrainer": "trainer.distillation_trainer",
+    "GradualPruning": "trainer.gradual_pruning",
+    "KeepMasks": "trainer.keep_masks",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
+    "gradual_pruning": "gradual",
     "keep_masks": "keep",
     "push_to_hub": "hub.push",
     "save_pretrained": "hub.saving",
@@ -96,8 +104,11 @@ __all__ = [
     "Criterion",
     "DataError",
     "DependencyError",
+    "Distillation",
+    "DistillationTrainer",
     "GemMiner",
     "GraSP",
+    "GradualPruning",
     "HubError",
     "InvalidArgumentError",
     "KeepMasks",
@@ -121,6 +132,7 @@ __all__ = [
     "add_rule",
     "export_onnx",
     "from_pretrained",
+    "gradual_pruning",
     "keep_masks",
     "prune",
     "push_to_hub",

@@ -51,7 +51,7 @@ class MaskKeeper:
     """What `keep_masks` returns: `remove()` ends it, and so does leaving a `with`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks) -> None:
-        inner = _unwrapped(optimizer)
+        inner = unwrapped_optimizer(optimizer)
         parameters = masks.match(model)
         training = {parameter for parameter in parameters.values() if parameter.requires_grad}
         stepped = {parameter for group in inner.param_groups for parameter in group["params"]}
@@ -62,11 +62,26 @@ class MaskKeeper:
                 "the parameters of this one."
             )
         masks.apply_(model)
+        self._model = model
         self._kept_bits: dict[Tensor, Tensor] = {
             parameter: _kept_bits(masks.tensors[name], parameter) for name, parameter in parameters.items()
         }
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._mask_gradient) for parameter in training]
         self._hooks.append(inner.register_step_post_hook(self._mask_weights))
+
+    @property
+    def active(self) -> bool:
+        """Whether zeros are being kept: from the start until `remove`."""
+        return bool(self._hooks)
+
+    @torch.no_grad()
+    def replace(self, masks: Masks) -> None:
+        """From now on keep these masks of the weights they name, which are zeroed at once, with their gradients."""
+        parameters = masks.match(self._model)
+        masks.apply_(self._model)
+        for name, parameter in parameters.items():
+            self._kept_bits[parameter] = _kept_bits(masks.tensors[name], parameter)
+            self._mask_gradient(parameter)
 
     def remove(self) -> None:
         """Stop keeping the masks. What is zero stays so until something changes it."""
@@ -108,7 +123,7 @@ def _kept_bits(mask: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=integer, requires_grad=False).copy_(mask).neg_()
 
 
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper, which has the class but not the hooks of an optimizer."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .criteria import Criterion
 from .distributed import processes, same_everywhere
-from .errors import DataError, InvalidArgumentError, LaunchError, TargetError
+from .errors import DataError, InvalidArgumentError, LaunchError, TargetError, listed
 from .masks import Masks
 from .model.inputs import Batches, inputs_of
 from .model.targets import prunable, unwrap
@@ -220,7 +220,7 @@ def _warn_of_empty_layers(masks: Mapping[str, Tensor], density: float) -> None:
         empty = sum(kept[name] == 0 for name in poor)
         warnings.warn(
             f"{empty} layer(s) lost all their weights and {len(poor) - empty} nearly all (under {_NEARLY_EMPTY:.0%} "
-            f"of the density asked for): {', '.join(poor[:8])}{' ...' if len(poor) > 8 else ''}. Pass "
+            f"of the density asked for): {listed(poor)}. Pass "
             "min_layer_density, use more rounds or scope='layer', or prune less.",
             stacklevel=4,
         )

@@ -18,13 +18,7 @@ ROOT = Path(__file__).parents[1]
 NOT_YET = (
     "px_hf/commands/",
     "px_hf/comparison/",
-    "px_hf/plots.py",
-    "px_hf/prune.py",
     "px_hf/runs/",
-    "px_hf/scopes/",
-    "px_hf/select.py",
-    "px_hf/select_nm.py",
-    "px_hf/structured/choose.py",
     "recipes/",
 )
 """Where docstrings still have other ways."""

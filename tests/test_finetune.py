@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig,
 from px_hf.errors import CheckpointError, InvalidArgumentError, TargetError
 from px_hf.keep import keep_masks
 from px_hf.masks import Masks
-from px_hf.trainer import KeepMasks
+from px_hf.trainer.keep_masks import KeepMasks
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -36,6 +36,15 @@ class Criterion:
         object that remembers; any other is its own."""
         return self
 
+    def memory(self) -> dict[str, Tensor]:
+        """What `begin`'s object remembers of the rounds so far, by parameter name, so that a run can be resumed."""
+        return {}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Take over the `memory` of another run; its tensors are on the devices of the weights."""
+        if memory:
+            raise NotImplementedError(f"{type(self).__name__} has no memory to take over.")
+
     def score(
         self,
         model: nn.Module,

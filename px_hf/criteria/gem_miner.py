@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -89,6 +90,12 @@ class _Mining(Criterion):
 
     settings: GemMiner
     p: Tensors = field(default_factory=dict)
+
+    def memory(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.p.items()}
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        self.p = {name: p.detach().clone().requires_grad_(True) for name, p in memory.items()}
 
     def formula(self, given: Given) -> dict[str, Tensor]:
         network = given.network()

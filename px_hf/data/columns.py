@@ -46,7 +46,11 @@ def rows_of(raw: DatasetDict, split: str, columns: set[str]) -> Dataset:
 
 
 def require_column(name: str, features: Features, kind: str) -> None:
-    """DataError unless there is a column of that name."""
+    """There must be a column of that name.
+
+    Raises:
+        DataError: there is none.
+    """
     if name not in features:
         raise DataError(f"No column {name!r} for the {kind}. Columns: {table(features)}.")
 

@@ -52,7 +52,11 @@ def accelerate_24_(model: nn.Module) -> Conversion:
 
 
 def require_gpu(model: nn.Module) -> None:
-    """TargetError unless all parameters are on a GPU with sparse tensor cores."""
+    """All parameters must be on a GPU with sparse tensor cores.
+
+    Raises:
+        TargetError: they are not.
+    """
     device = next((p.device for p in model.parameters() if p.device.type != "cuda"), None)
     if device is not None:
         raise TargetError(

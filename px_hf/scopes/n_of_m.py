@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgumentError, TargetError
+from ..errors import InvalidArgumentError, TargetError, listed
 from .ranking import Tensors, count_to_keep, keep_top
 from .scope import Scope
 from .weights import Global, WeightScope
@@ -71,7 +71,7 @@ class NOfM(WeightScope):
         """
         transposed = {id(p) for layer in model.modules() if isinstance(layer, _TRANSPOSED) for p in layer.parameters()}
         if names := [name for name, weight in weights.items() if id(weight) in transposed]:
-            raise TargetError(f"n:m is not defined for transposed convolutions: {_listed(names)}. Use another scope.")
+            raise TargetError(f"n:m is not defined for transposed convolutions: {listed(names)}. Use another scope.")
         found = {name: weight for name, weight in weights.items() if weight.shape[1] >= self.m}
         if not found:
             raise TargetError(
@@ -122,7 +122,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], m: int) -> None:
     ]
     if misfits:
         raise TargetError(
-            f"{len(misfits)} weights do not have inputs (the second axis) in whole groups of {m}: {_listed(misfits)}. "
+            f"{len(misfits)} weights do not have inputs (the second axis) in whole groups of {m}: {listed(misfits)}. "
             "Use an m that divides them, or another scope."
         )
 
@@ -147,7 +147,3 @@ def best_of_groups(scores: Mapping[str, Tensor], within: Mapping[str, Tensor], n
             mask[rows] = chosen.cpu()
         masks[name] = mask.view(score.movedim(1, -1).shape).movedim(-1, 1).contiguous()
     return masks
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")

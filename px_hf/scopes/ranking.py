@@ -16,7 +16,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError, NonFiniteError, TargetError
+from ..errors import InvalidArgumentError, NonFiniteError, TargetError, listed
 from ..masks import Masks
 
 Tensors = Mapping[str, Tensor]
@@ -138,5 +138,5 @@ def check_within(within: Masks, scores: Mapping[str, Tensor]) -> None:
     if misfits:
         raise TargetError(
             f"within and scores must have the same names and shapes. They differ in {len(misfits)}: "
-            f"{', '.join(map(repr, misfits[:10]))}."
+            f"{listed(map(repr, misfits))}."
         )
