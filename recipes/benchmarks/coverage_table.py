@@ -1,7 +1,7 @@
 """Which architectures PX can score: the table in docs/COVERAGE.md.
 
-    python recipes/coverage_table.py                       # all of them, about 10 minutes on one core
-    python recipes/coverage_table.py transformers vit      # the rows of one library, of those names only
+    python recipes/benchmarks/coverage_table.py                     # all of them, about 10 minutes on one core
+    python recipes/benchmarks/coverage_table.py transformers vit    # the rows of one library, of those names only
 
 The rows come from the libraries: each class behind transformers' AutoModelForImageClassification with
 a tiny random configuration, the smallest model of each module of timm, each architecture of
@@ -385,7 +385,7 @@ def document(results: list[Result]) -> str:
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     lines = [
         "# Coverage", "",
-        "Made by `python recipes/coverage_table.py`, whose docstring says what *supported* means. "
+        "Made by `python recipes/benchmarks/coverage_table.py`, whose docstring says what *supported* means. "
         f"px_hf {px.__version__}, {versions}.", "",
         "| | supported | rule missing | not applicable | wrong | all |", "|---|---|---|---|---|---|",
     ]  # fmt: skip

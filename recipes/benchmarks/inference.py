@@ -1,14 +1,14 @@
 """How fast pruned models run, and in how much memory, next to their dense parent: latency, throughput, MACs.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_inference.py
+    OMP_NUM_THREADS=1 python recipes/benchmarks/inference.py
 
 takes the embedded ViT, a copy with 95 % of its weights at zero and one with 2:4 zeros, about three minutes on one CPU
 core and no network, and writes outputs/inference/inference.json and inference.png. Expected: zeros alone save no time
 in eager mode, torch.compile and ONNX Runtime. In larger models than this one the CSR kernels of px.accelerate_csr_ do
 on a CPU, and those of px.accelerate_24_ on a GPU. Other models, by folder or id, in any runtime that is there:
 
-    python recipes/benchmark_inference.py --model_name_or_path outputs/pruned outputs/shrunken --batch_sizes 1 32
-    python recipes/benchmark_inference.py --architecture vit_base_patch16_224 --prune global=0.95 2:4=0.5
+    python recipes/benchmarks/inference.py --model_name_or_path outputs/pruned outputs/shrunken --batch_sizes 1 32
+    python recipes/benchmarks/inference.py --architecture vit_base_patch16_224 --prune global=0.95 2:4=0.5
 
 The dense parent is --dense_model_name_or_path, or what the first model's config says it was made from, or, since speed
 does not depend on values, --architecture of timm with random weights. --prune makes pruned copies, by magnitude.

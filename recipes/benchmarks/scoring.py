@@ -1,6 +1,6 @@
 """What scoring costs: the table of docs/PERFORMANCE.md.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_scoring.py --output_dir outputs/benchmark_scoring
+    OMP_NUM_THREADS=1 python recipes/benchmarks/scoring.py --output_dir outputs/benchmark_scoring
 
 An hour and 4 GB of memory for ResNet-50 and ViT-B/16 on one CPU core, no network; `--models ResNet-50` takes a
 quarter, `--quick` with tiny networks a few seconds. On CUDA (`--device cuda`, the default where there is one)

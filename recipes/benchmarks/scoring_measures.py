@@ -1,4 +1,4 @@
-"""What recipes/benchmark_scoring.py measures: each function measures one thing on one model.
+"""What recipes/benchmarks/scoring.py measures: each function measures one thing on one model.
 
 Times are CPU seconds of this process on a CPU, which other work on the machine disturbs least, and seconds between
 synchronisations on CUDA. Compared alternatives run in turn, and the median of their ratios counts.

@@ -1,6 +1,6 @@
 """How small a compact copy is, and how long it takes to load: the tables of docs/COMPACT_FORMAT.md.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_size.py --output sizes.md
+    OMP_NUM_THREADS=1 python recipes/benchmarks/size.py --output sizes.md
 
 Ten minutes on two CPU cores, 3 GB of memory, 1 GB of disk, no network. ResNet-50 and ViT-B/16 of transformers get
 random weights (sizes do not depend on their values) and are pruned by magnitude over all layers, whose densities then

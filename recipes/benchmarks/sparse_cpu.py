@@ -1,6 +1,6 @@
 """Do torch's own sparse kernels beat its dense ones on a CPU? The tables of docs/SPEED.md.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_sparse_cpu.py --output sparse.md
+    OMP_NUM_THREADS=1 python recipes/benchmarks/sparse_cpu.py --output sparse.md
 
 Three minutes on one CPU core. Layers of ViT-B/16 and ResNet-50 with random zeros, as shares of the time of the dense
 layer (`F.linear`, `F.conv2d`), the median of paired ratios of CPU seconds. Kernels of torch:
