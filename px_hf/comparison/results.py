@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 import px_hf as px
+
+from ..drawing import DENSE, line_style, picture
 
 Line = dict[str, Any]
 MEASURES = {"fine_tuned": "fine-tuned", "zero_shot": "no fine-tuning (head fitted to the dense model)"}
@@ -137,45 +137,34 @@ def plot(lines: Iterable[Line], path: Path) -> None:
     panels = [(task, measure) for task in tasks for measure in measures]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.4 * columns + 2.2, 3.9 * rows + 0.3), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    handles: dict[str, Any] = {}
-    for (task, measure), axes in zip(panels, grid, strict=False):
-        here = [line for line in lines if _task(line) == task]
-        sparsities = sorted({s for line in here if (s := line["key"]["sparsity"]) > 0})
-        dense = _values(here, "dense", 0.0, measure)
-        if dense:
-            handles["dense"] = axes.axhline(100 * statistics.mean(dense), color="0.55", linestyle="--", linewidth=1)
-        for index, method in enumerate(methods):
-            found = [(_place(s), v) for s in sparsities if (v := _values(here, method, s, measure))]
-            drawn = axes.errorbar(
-                [x for x, _ in found],
-                [100 * statistics.mean(v) for _, v in found],
-                [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in found],
-                color=_COLOURS[index % len(_COLOURS)],
-                marker=_MARKERS[index // len(_COLOURS) % len(_MARKERS)],
-                markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
-            )  # fmt: skip
-            handles.setdefault(method, drawn)
-        axes.xaxis.set_major_locator(FixedLocator([_place(s) for s in sparsities]))
-        names = {_place(s): f"{100 * s:g}" for s in sparsities}
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, names=names: names.get(x, "")))
-        axes.set_title(f"{task[0]} on {task[1]}\n{MEASURES[measure]}", fontsize=9)
-        axes.set_xlabel("sparsity in %")
-        axes.set_ylabel(f"accuracy in % ({here[0]['key']['report_on']})")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid:  # what is left of the last row
-        axes.set_visible(False)
-    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False, fontsize=8)
-    FigureCanvasAgg(figure)
-    unfinished = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(unfinished)
-    os.replace(unfinished, path)
-
-
-_COLOURS = ("#1b6ca8", "#c1440e", "#3a7d44", "#7b4ea3", "#b8860b", "#4d4d4d", "#d16ba5", "#1fa187")
-_MARKERS = ("o", "s", "^", "D")
+    with picture(path, 5.4 * columns + 2.2, 3.9 * rows + 0.3) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        handles: dict[str, Any] = {}
+        for (task, measure), axes in zip(panels, grid, strict=False):
+            here = [line for line in lines if _task(line) == task]
+            sparsities = sorted({s for line in here if (s := line["key"]["sparsity"]) > 0})
+            dense = _values(here, "dense", 0.0, measure)
+            if dense:
+                handles["dense"] = axes.axhline(100 * statistics.mean(dense), color=DENSE, linestyle="--", linewidth=1)
+            for index, method in enumerate(methods):
+                found = [(_place(s), v) for s in sparsities if (v := _values(here, method, s, measure))]
+                drawn = axes.errorbar(
+                    [x for x, _ in found],
+                    [100 * statistics.mean(v) for _, v in found],
+                    [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in found],
+                    elinewidth=0.8, capsize=2, **line_style(index),
+                )  # fmt: skip
+                handles.setdefault(method, drawn)
+            axes.xaxis.set_major_locator(FixedLocator([_place(s) for s in sparsities]))
+            names = {_place(s): f"{100 * s:g}" for s in sparsities}
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, names=names: names.get(x, "")))
+            axes.set_title(f"{task[0]} on {task[1]}\n{MEASURES[measure]}")
+            axes.set_xlabel("sparsity in %")
+            axes.set_ylabel(f"accuracy in % ({here[0]['key']['report_on']})")
+            axes.grid()
+        for axes in grid:  # what is left of the last row
+            axes.set_visible(False)
+        figure.legend(list(handles.values()), list(handles), loc="outside right center")
 
 
 def _place(sparsity: float) -> float:

@@ -32,13 +32,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from inference_figure import plot
 from inference_runtimes import RUNTIMES, Unavailable, prepare
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +46,8 @@ from transformers.utils import CONFIG_NAME, logging
 
 import px_hf as px
 from px_hf.compact.files import find
+from px_hf.drawing import DENSE as GREY
+from px_hf.drawing import SERIES, picture
 from px_hf.model.targets import prunable
 from px_hf.runs.arguments import DEMO_MODELS
 from px_hf.runs.folder import write_json
@@ -307,6 +308,28 @@ def show(results: dict[str, Any]) -> None:
     console.print(table)
     for what, reason in results["not_run"].items():
         console.print(f"Not run: {what}: {reason}", markup=False)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], path: Path) -> None:
+    """Bars from top to bottom in the order of the rows, a colour for each model; rows without a ratio are left out."""
+    shown = [row for row in rows if row["of_dense"] is not None]
+    colours = [GREY, *SERIES]
+    with picture(path, 8.5, 0.27 * len(shown) + 1.6) as figure:
+        axes = figure.add_subplot()
+        for index, model in enumerate(models):
+            bars = [(y, row["of_dense"]) for y, row in enumerate(shown) if row["model"] == model]
+            if bars:
+                axes.barh(*zip(*bars, strict=True), color=colours[index % len(colours)], label=model)
+        for y, row in enumerate(shown):
+            text = f" {row['of_dense']:.2f} ({row['milliseconds']:.3g} ms)"
+            axes.annotate(text, (row["of_dense"], y), va="center", fontsize=7)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks(range(len(shown)), [f"{row['runtime']}, batch {row['batch_size']}" for row in shown])
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("time of the dense model in the same kind of runtime = 1")
+        figure.legend(loc="outside upper center", ncols=min(4, len(models)))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ from typing import Any
 import timm
 import torch
 import transformers
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scoring_measures import (
     CRITERIA,
     MODELS,
@@ -45,6 +43,7 @@ from scoring_measures import (
 )
 
 import px_hf as px
+from px_hf.drawing import BLUE, VERMILION, picture
 from px_hf.runs.folder import write_json
 
 SECTIONS = ["ratios", "phases", "keeping", "memory", "processes"]
@@ -217,28 +216,23 @@ def table(results: Mapping[str, Any]) -> str:
 
 def draw_figure(results: Mapping[str, Any], path: Path) -> None:
     """Ratios and memory beside their targets, and the phases."""
-    figure = Figure(figsize=(11, 1.5 + 1.9 * len(results["models"])), dpi=130, layout="constrained")
-    panels = figure.subplots(len(results["models"]), 3, squeeze=False)
-    for (left, middle, right), (name, found) in zip(panels, results["models"].items(), strict=True):
-        bars = found.get("ratios", {}).get("ratio", {})
-        left.barh(list(bars), list(bars.values()), color="#31688e")
-        for row, label in enumerate(bars):
-            left.plot([TARGETS[label.split(",")[0]]] * 2, [row - 0.4, row + 0.4], color="#c1440e")
-        left.set_title(f"{name}: a round, in dense forwards", fontsize=9)
-        bars = found.get("memory", {}).get("of allowed", {})
-        middle.barh(list(bars), list(bars.values()), color="#31688e")
-        middle.axvline(1, color="#c1440e")
-        middle.set_title("peak memory, of what is allowed", fontsize=9)
-        bars = found.get("phases", {}).get("share", {})
-        right.barh(list(bars), [100 * share for share in bars.values()], color="#31688e")
-        right.set_title("100 rounds of Eq. 9, % of the time", fontsize=9)
-        for axes in (left, middle, right):
-            axes.tick_params(labelsize=7)
-            axes.invert_yaxis()
-            axes.spines[["top", "right"]].set_visible(False)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(unfinished, format="png")
-    os.replace(unfinished, path)
+    with picture(path, 11, 1.5 + 1.9 * len(results["models"])) as figure:
+        panels = figure.subplots(len(results["models"]), 3, squeeze=False)
+        for (left, middle, right), (name, found) in zip(panels, results["models"].items(), strict=True):
+            bars = found.get("ratios", {}).get("ratio", {})
+            left.barh(list(bars), list(bars.values()), color=BLUE)
+            for row, label in enumerate(bars):
+                left.plot([TARGETS[label.split(",")[0]]] * 2, [row - 0.4, row + 0.4], color=VERMILION)
+            left.set_title(f"{name}: a round, in dense forwards")
+            bars = found.get("memory", {}).get("of allowed", {})
+            middle.barh(list(bars), list(bars.values()), color=BLUE)
+            middle.axvline(1, color=VERMILION)
+            middle.set_title("peak memory, of what is allowed")
+            bars = found.get("phases", {}).get("share", {})
+            right.barh(list(bars), [100 * share for share in bars.values()], color=BLUE)
+            right.set_title("100 rounds of Eq. 9, % of the time")
+            for axes in (left, middle, right):
+                axes.invert_yaxis()
 
 
 if __name__ == "__main__":
