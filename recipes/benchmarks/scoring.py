@@ -29,9 +29,9 @@ from typing import Any
 import timm
 import torch
 import transformers
+from random_models import MODELS
 from scoring_measures import (
     CRITERIA,
-    MODELS,
     build,
     draw,
     keeping_masks,
@@ -46,7 +46,7 @@ import px_hf as px
 from px_hf.drawing import BLUE, VERMILION, picture
 from px_hf.runs.folder import write_json
 
-SECTIONS = ["ratios", "phases", "keeping", "memory", "processes"]
+SECTIONS = ("ratios", "phases", "keeping", "memory", "processes")
 TARGETS = {"Eq. 9": 2.3, "active": 5.0}
 
 
@@ -76,9 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=100, help="calibration images of the phases")
     parser.add_argument("--rounds_measured", type=int, default=3, help="from which 100 rounds are extrapolated")
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2], help="numbers of processes; none: skip")
-    parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["ratios", "memory", "phases", "processes", "keeping"]
-    )
+    parser.add_argument("--skip", nargs="*", default=[], choices=SECTIONS)
     parser.add_argument("--quick", action="store_true", help="tiny networks and one repeat: does it run?")
     parser.add_argument("--output_dir", default="outputs/benchmark_scoring")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -121,7 +119,7 @@ def memory(settings: Mapping[str, Any], weights: int) -> dict[str, Any]:
         what |= {f"{name}, dense": (name, 0, 1), f"{name}, pruned": (name, settings["sparsity"], 1)}
         what[f"{name}, pruned, 3 batches"] = (name, settings["sparsity"], 3)
     peaks = {
-        row: run_child(settings | {"what": w, "sparsity": s, "batches": b}, 1)[0]["peak"]
+        row: run_child({**settings, "what": w, "sparsity": s, "batches": b}, 1)[0]["peak"]
         for row, (w, s, b) in what.items()
     }
     allowed = 1.5 * peaks["forward"] + weights
@@ -140,7 +138,7 @@ def scaling(settings: Mapping[str, Any], numbers: list[int]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for number in numbers:
-        ranks = run_child(settings | {"what": "process"}, number)
+        ranks = run_child({**settings, "what": "process"}, number)
         found[str(number)] = {
             "cpu s of the busiest": max(rank["cpu"] for rank in ranks),
             "wall s": max(rank["wall"] for rank in ranks),

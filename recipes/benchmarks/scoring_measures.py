@@ -12,40 +12,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import process_memory
 import torch
 import torch.distributed as dist
+from random_models import MODELS
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 import px_hf as px
 from px_hf.criteria.px import NUMBERS_AT_A_TIME
 from px_hf.model.inputs import Inputs
 from px_hf.ops.tracer import zeroed
 from px_hf.select import select_step
-
-VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-TINY_VIT = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-TINY_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "ResNet-50": lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)),
-    "ViT-B/16": lambda: ViTForImageClassification(ViTConfig(num_labels=1000)),
-    "ViT-L/16": lambda: ViTForImageClassification(ViTConfig(num_labels=1000, **VIT_LARGE)),
-    "tiny ResNet": lambda: ResNetForImageClassification(ResNetConfig(num_labels=10, **TINY_RESNET)),
-    "tiny ViT": lambda: ViTForImageClassification(ViTConfig(num_labels=10, **TINY_VIT)),
-}
-"""With random weights: time and memory do not depend on their values."""
 
 CRITERIA = {"Eq. 9": px.PX(), "active": px.PX(paths="active", power=0.25)}
 
@@ -115,15 +95,10 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    process_memory.restart_peak()
+    before = process_memory.now()
     function()
-    return _status("VmHWM") - before
-
-
-def _status(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
+    return process_memory.peak() - before
 
 
 def peak(model: nn.Module, images: Tensor, what: str, sparsity: float, batches: int) -> int:

@@ -29,7 +29,6 @@ from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     ResNetConfig,
     Trainer,
@@ -41,6 +40,7 @@ from transformers import (
 
 import px_hf as px
 from px_hf.data.embedded.letters import CLASSES, COARSE_SHARE, IMAGE_SIZE, letters
+from px_hf.runs.arguments import parse_groups
 from px_hf.runs.folder import claim
 
 SEED, HELD_OUT_SEED = 0, 1
@@ -185,6 +185,8 @@ model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, i
 
 if __name__ == "__main__":
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(
+            *parse_groups(sys.argv[1:], (Arguments,), "python recipes/demo/pretrain.py --backbone NAME", lambda _: {})
+        )
     except (px.PxError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
