@@ -31,7 +31,7 @@ DENSE = "#4d4d4d"
 KEPT = "#dde5ea"
 """What is left, behind bars of what is gone."""
 
-LOOK = {
+LOOK: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.labelsize": 9,
     "axes.prop_cycle": f"cycler(color={list(SERIES)})",

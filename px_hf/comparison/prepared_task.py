@@ -70,8 +70,8 @@ def prepare(args: Settings, model_name: str, dataset_name: str) -> Path:
     model = ModelArguments(
         model_name_or_path=model_name, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
-    settings = [short(model_name), short(dataset_name), args.max_train_samples, args.max_eval_samples]
-    settings += [args.train_val_split]
+    names, samples = [short(model_name), short(dataset_name)], [args.max_train_samples, args.max_eval_samples]
+    settings = [*names, *samples, args.train_val_split]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     folder = Path(args.output_dir) / "cache" / f"{short(model_name)}-{short(dataset_name)}-{key}"
     if (folder / TASK_FILE).exists():

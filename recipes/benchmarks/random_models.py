@@ -31,11 +31,11 @@ TINY_RESNET: dict[str, Any] = {
 
 
 def resnet(classes: int, **shape: Any) -> nn.Module:
-    return ResNetForImageClassification(ResNetConfig(**shape, num_labels=classes))
+    return ResNetForImageClassification(ResNetConfig(**{**shape, "num_labels": classes}))
 
 
 def vit(classes: int, **shape: Any) -> nn.Module:
-    return ViTForImageClassification(ViTConfig(**shape, num_labels=classes))
+    return ViTForImageClassification(ViTConfig(**{**shape, "num_labels": classes}))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -74,7 +75,7 @@ def ratios(model: nn.Module, images: Tensor, sparsity: float, repeats: int) -> d
     before = seconds(lambda: infer(model, images), device)
     for _ in range(repeats):
         for row, (criterion, mask) in rows.items():
-            took = seconds(lambda c=criterion, m=mask: c.score(model, [images], masks=m), device)  # type: ignore[misc]
+            took = seconds(partial(criterion.score, model, [images], masks=mask), device)
             after = seconds(lambda: infer(model, images), device)
             found[row].append(2 * took / (before + after))
             forwards.append(after)

@@ -184,9 +184,8 @@ model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, i
 
 
 if __name__ == "__main__":
+    usage = "python recipes/demo/pretrain.py --backbone resnet [--name value ...]"
     try:
-        main(
-            *parse_groups(sys.argv[1:], (Arguments,), "python recipes/demo/pretrain.py --backbone NAME", lambda _: {})
-        )
+        main(*parse_groups(sys.argv[1:], (Arguments,), usage, lambda named: {}))
     except (px.PxError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
