@@ -24,7 +24,8 @@ _COLON = re.compile(r":(?!\d|uniform)")
 class Method:
     """`name:key=value:...`: a criterion with settings of its own and of its pruning.
 
-    Keys are the fields of the criterion (`px-active:power=0.5`), and the fields after it here.
+    Keys are the fields of the criterion (`px-active:power=0.5`), and the fields that follow it here. One more of these
+    needs its check below, and its use in `px_hf.comparison.cell.prune_`.
     """
 
     text: str

@@ -21,8 +21,10 @@ def recalibrate_(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         norm.momentum = None  # torch's cumulative average
         norm.train()
     device = next(model.parameters()).device
-    for batch in batches:
-        model(pixel_values=batch["pixel_values"].to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    try:
+        for batch in batches:
+            model(pixel_values=batch["pixel_values"].to(device))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

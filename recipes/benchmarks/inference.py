@@ -332,9 +332,15 @@ def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], path: Path) -
             if bars:
                 axes.barh(*zip(*bars, strict=True), color=colours[index % len(colours)], label=model)
         for y, row in enumerate(shown):
-            text = f" {row['of_dense']:.2f} ({row['milliseconds']:.3g} ms)"
-            above_line = {"color": "white", "pad": 0.5}
-            axes.annotate(text, (row["of_dense"], y), va="center", fontsize=7, bbox=above_line)
+            axes.annotate(
+                f"{row['of_dense']:.2f} ({row['milliseconds']:.3g} ms)",
+                (row["of_dense"], y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                bbox={"color": "white", "pad": 0},  # hides the line
+            )
         axes.axvline(1, color="black", linewidth=1, zorder=0)
         axes.set_yticks(range(len(shown)), [f"{row['runtime']}, batch {row['batch_size']}" for row in shown])
         axes.invert_yaxis()
