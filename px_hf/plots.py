@@ -1,23 +1,16 @@
-"""Two figures of a pruning run, as PNG files.
-
-Drawn through Matplotlib's Agg canvas without pyplot: no display, no global state.
-"""
+"""Two figures of a pruning run, as PNG files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-_DPI = 130
-_PRUNED, _KEPT, _ACCENT = "#31688e", "#dde5ea", "#c1440e"
+from .drawing import BLUE, DENSE, KEPT, VERMILION, picture
 
 
 def plot_layer_sparsity(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -32,25 +25,23 @@ def plot_layer_sparsity(masks: Mapping[str, Tensor], path: str | os.PathLike[str
     sparsity = [100 * (1 - k / n) for k, n in zip(kept, sizes, strict=True)]
     total = 100 * (1 - sum(kept) / sum(sizes))
 
-    figure = Figure(figsize=(9.0, 0.21 * len(names) + 1.5), dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
-    rows = range(len(names))
-    axes.barh(rows, [100.0] * len(names), color=_KEPT, height=0.78, label="kept")
-    axes.barh(rows, sparsity, color=_PRUNED, height=0.78, label="pruned")
-    axes.axvline(total, color=_ACCENT, linewidth=1.4, label=f"all layers together: {total:.2f} % pruned")
-    for row, (k, n) in enumerate(zip(kept, sizes, strict=True)):
-        color = "black" if k else _ACCENT  # an emptied layer cuts the network
-        text = f"{k:,} of {n:,}"
-        axes.annotate(text, (101, row), va="center", fontsize=7, color=color, annotation_clip=False)
-    axes.set_yticks(rows, names, fontsize=7.5)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, 100)
-    axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.set_xlabel("share of the layer's weights that is pruned (right: weights kept)")
-    axes.set_title(f"Sparsity per layer: {sum(kept):,} of {sum(sizes):,} weights kept", pad=28)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    with picture(path, 9.0, 0.21 * len(names) + 1.5) as figure:
+        axes = figure.add_subplot()
+        rows = range(len(names))
+        axes.barh(rows, [100.0] * len(names), color=KEPT, height=0.78, label="kept")
+        axes.barh(rows, sparsity, color=BLUE, height=0.78, label="pruned")
+        axes.axvline(total, color=VERMILION, label=f"all layers together: {total:.2f} % pruned")
+        for row, (k, n) in enumerate(zip(kept, sizes, strict=True)):
+            color = "black" if k else VERMILION  # an emptied layer cuts the network
+            text = f"{k:,} of {n:,}"
+            axes.annotate(text, (101, row), va="center", fontsize=7, color=color, annotation_clip=False)
+        axes.set_yticks(rows, names, fontsize=7.5)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(0, 100)
+        axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+        axes.set_xlabel("share of the layer's weights that is pruned (right: weights kept)")
+        axes.set_title(f"Sparsity per layer: {sum(kept):,} of {sum(sizes):,} weights kept", pad=28)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
 
 
 def plot_training(
@@ -68,32 +59,30 @@ def plot_training(
         key: [(entry["epoch"], entry[key]) for entry in log_history if key in entry and "epoch" in entry]
         for key in ("loss", "eval_loss", "eval_accuracy")
     }
-    figure = Figure(figsize=(8.0, 6.0), dpi=_DPI, layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(2 if series["eval_accuracy"] else 1, 1, sharex=True, squeeze=False)[:, 0]
-    _line(panels[0], series["loss"], "training", _PRUNED, marker="" if len(series["loss"]) > 40 else ".")
-    _line(panels[0], series["eval_loss"], "validation", _ACCENT, marker="o")
-    panels[0].set_ylabel("loss (cross-entropy)")
-    panels[0].set_ylim(bottom=0)
-    if series["eval_accuracy"]:
-        percent = [(epoch, 100 * accuracy) for epoch, accuracy in series["eval_accuracy"]]
-        _line(panels[1], percent, "validation", _ACCENT, marker="o")
-        if dense_accuracy is not None:
-            label = f"validation, dense network: {100 * dense_accuracy:.1f} %"
-            panels[1].axhline(100 * dense_accuracy, color="#444444", linestyle="--", label=label)
-        panels[1].set_ylabel("accuracy")
-        panels[1].yaxis.set_major_formatter(PercentFormatter(decimals=None))
-    panels[-1].set_xlabel("epoch")
-    for axes in panels:
-        axes.grid(color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    _save(figure, path)
+    with picture(path, 8.0, 6.0) as figure:
+        figure.suptitle(title)
+        panels = figure.subplots(2 if series["eval_accuracy"] else 1, 1, sharex=True, squeeze=False)[:, 0]
+        _line(panels[0], series["loss"], "training", BLUE, marker="" if len(series["loss"]) > 40 else ".")
+        _line(panels[0], series["eval_loss"], "validation", VERMILION, marker="o")
+        panels[0].set_ylabel("loss (cross-entropy)")
+        panels[0].set_ylim(bottom=0)
+        if series["eval_accuracy"]:
+            percent = [(epoch, 100 * accuracy) for epoch, accuracy in series["eval_accuracy"]]
+            _line(panels[1], percent, "validation", VERMILION, marker="o")
+            if dense_accuracy is not None:
+                label = f"validation, dense network: {100 * dense_accuracy:.1f} %"
+                panels[1].axhline(100 * dense_accuracy, color=DENSE, linestyle="--", label=label)
+            panels[1].set_ylabel("accuracy")
+            panels[1].yaxis.set_major_formatter(PercentFormatter(decimals=None))
+        panels[-1].set_xlabel("epoch")
+        for axes in panels:
+            axes.grid()
+            axes.legend()
 
 
 def _line(axes: Axes, points: list[tuple[float, float]], label: str, color: str, marker: str) -> None:
     if points:
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=label)
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
 
 
 def _short_names(names: list[str]) -> list[str]:
@@ -105,11 +94,3 @@ def _short_names(names: list[str]) -> list[str]:
     if shared and any(p[shared].isdigit() for p in parts):
         shared -= 1  # "layers.0.attention" rather than "0.attention"
     return [".".join(p[shared:]) for p in parts]
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Written beside the target and moved, so that no half-written picture stays behind."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(unfinished, format="png")
-    os.replace(unfinished, path)

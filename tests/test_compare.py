@@ -20,8 +20,11 @@ from test_recipe import RECIPES, environment, folder  # noqa: F401
 import px_hf as px
 from px_hf.commands import compare_criteria
 from px_hf.comparison import cell as comparison_cell
-from px_hf.comparison import prepared as comparison_data
-from px_hf.comparison import results as comparison_report
+from px_hf.comparison import measures, results, tables
+from px_hf.comparison.method import Method
+from px_hf.comparison.prepared_task import load
+from px_hf.comparison.recalibrate import recalibrate_
+from px_hf.comparison.training import vary
 
 RECIPE = str(RECIPES / "compare_criteria.py")
 METHODS = ["magnitude", "random:seed=3", "snip:rounds=1", "wanda:control=shuffle"]
@@ -142,31 +145,31 @@ def test_a_failing_cell_is_told_and_the_others_are_kept(
 
 def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
     (prepared,) = (folder / "whole" / "cache").iterdir()
-    task = comparison_data.load(prepared)
+    task = load(prepared)
     model = task.dense_model(0, "fitted", torch.device("cpu"))
-    assert comparison_cell.accuracy(model, task.train) > 0.8
-    assert comparison_cell.accuracy(model, task.test) > 0.5
+    assert measures.accuracy(model, task.train) > 0.8
+    assert measures.accuracy(model, task.test) > 0.5
     fresh = task.dense_model(0, "random", torch.device("cpu"))
-    assert comparison_cell.accuracy(fresh, task.test) < 0.4
-    zero_shot = comparison_cell.zero_shot(task, fresh, task.test)
-    assert zero_shot == comparison_cell.accuracy(model, task.test)
-    assert comparison_cell.accuracy(fresh, task.test) < 0.4  # its own head is back
+    assert measures.accuracy(fresh, task.test) < 0.4
+    zero_shot = measures.zero_shot(task, fresh, task.test)
+    assert zero_shot == measures.accuracy(model, task.test)
+    assert measures.accuracy(fresh, task.test) < 0.4  # its own head is back
 
 
 def test_accuracy_under_bfloat16(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
     (prepared,) = (folder / "whole" / "cache").iterdir()
-    task = comparison_data.load(prepared)
+    task = load(prepared)
     model = task.dense_model(0, "fitted", torch.device("cpu"))
     seen = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits.dtype))
-    full, half = (comparison_cell.accuracy(model, task.test, bf16) for bf16 in (False, True))
+    full, half = (measures.accuracy(model, task.test, bf16) for bf16 in (False, True))
     assert seen == [torch.float32, torch.bfloat16]
     assert abs(full - half) <= 0.03
 
 
 def test_calibration_is_class_balanced_and_drawn_by_seed(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
     (prepared,) = (folder / "whole" / "cache").iterdir()
-    task = comparison_data.load(prepared)
+    task = load(prepared)
     one, other = (task.calibration(3, seed, 8) for seed in (0, 1))
     assert torch.bincount(torch.cat([b["labels"] for b in one])).tolist() == [3] * 10
     assert not torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
@@ -176,7 +179,7 @@ def test_recalibrated_statistics_are_those_of_the_pruned_network() -> None:
     model = build("hf resnet")
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     px.prune(model, [], px.Magnitude(), sparsity=0.8, progress=False).apply_(model)
-    comparison_cell.recalibrate_(model, [{"pixel_values": x[:4]}, {"pixel_values": x[4:]}])
+    recalibrate_(model, [{"pixel_values": x[:4]}, {"pixel_values": x[4:]}])
     assert not any(module.training for module in model.modules())
     first = model.resnet.embedder.embedder
     with torch.no_grad():
@@ -192,13 +195,13 @@ BUDGET = compare_criteria.CompareArguments(random_shift=True, horizontal_flip=Tr
 
 def test_augmentation_shifts_and_mirrors() -> None:
     ramp = torch.arange(16.0).expand(50, 3, 16, 16).contiguous()
-    found = comparison_cell.vary(ramp, np.random.default_rng(0), BUDGET)
+    found = vary(ramp, np.random.default_rng(0), BUDGET)
     assert found.shape == ramp.shape
     middle = found[:, 0, 8, 8]
     assert {float(v) for v in middle} <= {6.0, 7.0, 8.0, 9.0, 10.0, 5.0}
     rising = found[:, 0, 8, 8] < found[:, 0, 8, 9]
     assert 10 < int(rising.sum()) < 40
-    again = comparison_cell.vary(ramp, np.random.default_rng(0), BUDGET)
+    again = vary(ramp, np.random.default_rng(0), BUDGET)
     assert torch.equal(found, again)
 
 
@@ -219,12 +222,12 @@ COSTS = [
 def test_cost_in_forward_passes_per_image(text: str, least: float, most: float) -> None:
     model = build("cnn")
     batches = [{"pixel_values": images(6), "labels": torch.arange(6) % 5} for _ in range(2)]
-    method = comparison_cell.Method.parse(text, 1)
-    assert 12 * least <= comparison_cell.forward_units(model, batches, method) <= 12 * most
+    method = Method.parse(text, 1)
+    assert 12 * least <= measures.forward_units(model, batches, method) <= 12 * most
     if method.criterion.iterative:
-        twice = comparison_cell.Method.parse(text, 2)
-        once = comparison_cell.forward_units(model, batches, method)
-        assert comparison_cell.forward_units(model, batches, twice) == pytest.approx(2 * once, abs=0.2)
+        twice = Method.parse(text, 2)
+        once = measures.forward_units(model, batches, method)
+        assert measures.forward_units(model, batches, twice) == pytest.approx(2 * once, abs=0.2)
 
 
 METHOD_ROWS = [
@@ -240,7 +243,7 @@ METHOD_ROWS = [
 
 @pytest.mark.parametrize(("text", "criterion", "rounds", "scope", "control"), METHOD_ROWS)
 def test_methods(text: str, criterion: px.Criterion, rounds: int, scope: str, control: str) -> None:
-    found = comparison_cell.Method.parse(text, 20)
+    found = Method.parse(text, 20)
     assert (found.criterion, found.rounds, found.scope, found.control) == (criterion, rounds, scope, control)
 
 
@@ -274,14 +277,14 @@ def test_a_strange_line_is_named_and_nothing_lost(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     file.write_text('{"key": {"method": "px"}}\n[1]\n{"key": {"method": "px"}}\n')
     with pytest.raises(px.CheckpointError, match=r"Line 2 of .*results\.jsonl"):
-        comparison_report.read_lines(file)
+        results.read_lines(file)
     assert file.read_text().count("\n") == 3
 
 
 def test_mean_and_spread() -> None:
-    assert comparison_report.mean_and_spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
-    assert comparison_report.mean_and_spread([0.123]) == "12.3"
-    assert comparison_report.mean_and_spread([]) == ""
+    assert tables.mean_and_spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0"
+    assert tables.mean_and_spread([0.123]) == "12.3"
+    assert tables.mean_and_spread([]) == ""
 
 
 def test_over_all_tasks_and_sparsities() -> None:
@@ -297,8 +300,8 @@ def test_over_all_tasks_and_sparsities() -> None:
         *(line("magnitude", "b", 0.9, 0, 0.3), line("lamp", "b", 0.9, 0, 0.4)),
         line("wanda", "a", 0.5, 0, 0.9),
     ]
-    text = comparison_report.markdown(found)
+    text = tables.markdown(found)
     assert text.count("Over all tasks and sparsities, fine-tuned") == 1
     rows = [row for row in text.partition("Over all tasks")[2].splitlines() if row.startswith("| ")][1:]
     assert rows == ["| magnitude | 55.0 | 1.5 | 5.0 | 10.0 |", "| lamp | 50.0 | 1.5 | 10.0 | 20.0 |"]
-    assert "Over all" not in comparison_report.markdown(found[:3])
+    assert "Over all" not in tables.markdown(found[:3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ def test_commands_name_files_that_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_snippets_are_python_and_name_what_exists(page: Path) -> None:
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for node in ast.walk(ast.parse(snippet)):
+    for snippet in re.findall(r"```python\n(.*?)\s*```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(textwrap.dedent(snippet))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "px":
                 assert hasattr(px, node.attr), f"{page.name} names px.{node.attr}"
 

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 
 NOT_YET = (
     "px_hf/commands/",
-    "px_hf/comparison/",
     "px_hf/runs/",
     "recipes/",
 )

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "px_hf"
 
 FLOORS = [
     ["errors", "version", "atomic", "lazy", "metrics"],
-    ["distributed", "plots"],
-    ["model"],
+    ["distributed", "drawing"],
+    ["model", "plots"],
     ["ops"],
     ["compact", "masks_file"],
     ["masks"],

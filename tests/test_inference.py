@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-import inference as benchmark_inference
+import inference
 import inference_runtimes
 import pytest
-import sparse_cpu as benchmark_sparse_cpu
+import sparse_cpu
 import torch
 from networks import build
 from PIL import Image
@@ -36,7 +36,7 @@ def test_rows_ratios_and_files(models: tuple[Path, Path], tmp_path: Path) -> Non
     out = tmp_path / "out"
     words = ["--model_name_or_path", str(models[1]), "--prune", "2:4=0.5", "--batch_sizes", "1", "3"]
     names = ["eager", "eager, CSR", "ONNX Runtime", "CUDA fp16"]
-    benchmark_inference.main([*words, *QUICK, "--no_memory", "--runtimes", *names, "--output_dir", str(out)])
+    inference.main([*words, *QUICK, "--no_memory", "--runtimes", *names, "--output_dir", str(out)])
     found = json.loads((out / "inference.json").read_text())
     labels = ["dense", "2:4 50 %", "pruned"]
     assert [model["model"] for model in found["models"]] == labels
@@ -61,7 +61,7 @@ def test_rows_ratios_and_files(models: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_peak_memory_in_a_process_of_its_own(models: tuple[Path, Path]) -> None:
     row = {"runtime": "eager", "batch_size": 2}
-    found = benchmark_inference.peak_of(row, str(models[0]), QUICK)
+    found = inference.peak_of(row, str(models[0]), QUICK)
     assert found is None if not Path("/proc/self/clear_refs").exists() else 0 < found < 1000
 
 
@@ -79,13 +79,13 @@ def test_peak_memory_in_a_process_of_its_own(models: tuple[Path, Path]) -> None:
 )
 def test_bad_arguments(words: list[str], error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
-        benchmark_inference.main([*words, "--output_dir", str(tmp_path / "out")])
+        inference.main([*words, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_parent_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(px.InvalidArgumentError, match="--dense_model_name_or_path"):
-        benchmark_inference.main(["--model_name_or_path", str(models[0]), "--output_dir", str(tmp_path / "out")])
+        inference.main(["--model_name_or_path", str(models[0]), "--output_dir", str(tmp_path / "out")])
 
 
 def test_a_runtime_that_fails_says_why() -> None:
@@ -98,10 +98,10 @@ def test_a_runtime_that_fails_says_why() -> None:
 
 
 def test_the_sparse_kernels_are_compared_to_the_same_results(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_sparse_cpu, "LINEAR", ((8, 16),))
-    monkeypatch.setattr(benchmark_sparse_cpu, "CONVOLUTIONS", ((8, 3, 5),))
-    monkeypatch.setattr(sys, "argv", ["benchmark_sparse_cpu.py", "--rounds", "1", "--sparsities", "0.9", "0.98"])
-    benchmark_sparse_cpu.main()
+    monkeypatch.setattr(sparse_cpu, "LINEAR", ((8, 16),))
+    monkeypatch.setattr(sparse_cpu, "CONVOLUTIONS", ((8, 3, 5),))
+    monkeypatch.setattr(sys, "argv", ["sparse_cpu.py", "--rounds", "1", "--sparsities", "0.9", "0.98"])
+    sparse_cpu.main()
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("| 8 × 16 |")]) == 2 * 5
     assert len([line for line in lines if line.startswith("| 8, 3 × 3, 5 × 5 |")]) == 2
@@ -116,8 +116,8 @@ def test_without_onnx_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_are_told_apart(tmp_path: Path) -> None:
-    args = benchmark_inference.parse(["--dense_model_name_or_path", "d", "--model_name_or_path", "a/x", "b/x"])
-    assert benchmark_inference.subjects(args, tmp_path) == {"dense": "d", "x": "a/x", "b/x": "b/x"}
+    args = inference.parse(["--dense_model_name_or_path", "d", "--model_name_or_path", "a/x", "b/x"])
+    assert inference.subjects(args, tmp_path) == {"dense": "d", "x": "a/x", "b/x": "b/x"}
     args.model_name_or_path = ["b/x", "x", "x"]
     with pytest.raises(px.InvalidArgumentError, match="names x twice"):
-        benchmark_inference.subjects(args, tmp_path)
+        inference.subjects(args, tmp_path)

@@ -1,19 +1,21 @@
-"""The two figures of a run: real PNG files, every layer named, nothing cut off."""
+"""The look of all figures, and the two of a run: real PNG files, every layer named, nothing cut off."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-import px_hf.plots
+from px_hf.drawing import DENSE, LOOK, SERIES, class_colours, line_style, picture, shades
 from px_hf.plots import plot_layer_sparsity, plot_training
 
 
@@ -21,8 +23,8 @@ from px_hf.plots import plot_layer_sparsity, plot_training
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved, to look inside."""
     figures: list[Figure] = []
-    save = px_hf.plots._save
-    monkeypatch.setattr(px_hf.plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: (figures.append(self), save(self, *a, **kw)))
     return figures
 
 
@@ -79,7 +81,37 @@ def test_training_without_evaluation_has_one_panel(tmp_path: Path, drawn: list[F
 
 
 def test_pyplot_is_left_alone() -> None:
-    import subprocess
-
     code = "import px_hf.plots, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_settings_hold_inside_a_picture_alone(tmp_path: Path) -> None:
+    before = dict(rcParams)
+    with picture(tmp_path / "new" / "one.png", 3, 2) as figure:
+        assert all(rcParams[name] == value for name, value in LOOK.items() if name.endswith("size"))
+        figure.add_subplot().plot([1, 2])
+    assert dict(rcParams) == before
+    with Image.open(tmp_path / "new" / "one.png") as image:
+        assert (image.format, image.size) == ("PNG", (390, 260))
+
+
+def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), picture(tmp_path / "one.png", 3, 2):
+        _ = 1 / 0
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("one.png", b"old")]
+
+
+def test_colours_and_markers_tell_lines_apart() -> None:
+    styles = [tuple(line_style(index).values()) for index in range(35)]
+    assert len(set(styles)) == 35
+    assert all(a != c and b != d for (a, b), (c, d) in itertools.pairwise(styles))
+
+
+def test_shades_darken_and_class_colours_suffice() -> None:
+    light, middle, dark = ([int(shade[i : i + 2], 16) for i in (1, 3, 5)] for shade in shades(SERIES[0], 3))
+    assert sum(light) > sum(middle) > sum(dark)
+    assert shades(DENSE, 1) == [DENSE]
+    assert [class_colours(n).N for n in (1, 8, 9, 150)] == [1, 8, 9, 150]
+    many = class_colours(150)
+    assert all(many(k) != many(k + 1) for k in range(149))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 import px_hf as px
 
-from ..criteria import CRITERIA, Criterion
+from ..criteria import Criterion
 from ..model.inputs import Batches
 from ..ops.call import Call, times
 from ..ops.companions import Flow, Gate, Paths, Upstream
 from ..ops.gates import branch, unit_gain
 from ..ops.rules.attention import MIXED
-from . import compare_criteria
+from .compare_criteria import compare
 
 POLICIES = ("means", "fisher", "spread", "dense")
 PROJECTIONS = (("q_proj", "v_proj"), ("k_proj", "v_proj"), ("query", "value"), ("key", "value"))
@@ -44,7 +45,7 @@ class QueriesKeys(Criterion):
     ) -> dict[str, Tensor]:
         """See `Criterion.score`."""
         flow = px.PX(paths="active")
-        settings = {"masks": masks, "prune_head": prune_head}
+        settings: dict[str, Any] = {"masks": masks, "prune_head": prune_head}
         rule = px.add_rule(F.scaled_dot_product_attention, by_means) if self.policy == "means" else nullcontext()
         with rule:
             shares = flow.score(model, batches, **settings)  # θ² · ∂R/∂θ²
@@ -95,7 +96,6 @@ def by_means(
 
 
 def main(argv: list[str]) -> None:
-    """`compare_criteria.main` with a criterion more for each policy; they are the methods unless others are named."""
-    CRITERIA.update({f"qk-{policy}": QueriesKeys(policy) for policy in POLICIES})
-    methods = ["--methods", "px-active", *(f"qk-{policy}" for policy in POLICIES)]
-    compare_criteria.main([*([] if "--methods" in argv else methods), *argv])
+    """`compare_criteria` with a criterion more for each policy; they are the methods unless others are named."""
+    policies = {f"qk-{policy}": QueriesKeys(policy) for policy in POLICIES}
+    compare(argv, "compare_attention.py", {**px.CRITERIA, **policies}, {"methods": ["px-active", *policies]})

@@ -9,10 +9,10 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,14 @@ from transformers.utils import logging as transformers_logging
 
 import px_hf as px
 
-from ..comparison.cell import DENSE, Budget, Cell, Method, run_cell
-from ..comparison.prepared import prepare, short
-from ..comparison.results import append_line, markdown, plot, read_lines
+from ..atomic import whole
+from ..comparison.budget import Budget
+from ..comparison.cell import Cell, run_cell
+from ..comparison.figure import plot
+from ..comparison.method import Method
+from ..comparison.prepared_task import prepare, short
+from ..comparison.results import append_line, read_lines
+from ..comparison.tables import markdown
 from ..runs.arguments import EXAMPLE_MODEL, parse_groups
 from ..scopes import check_sparsity
 
@@ -100,10 +105,15 @@ class CompareArguments:
 
 
 def main(argv: list[str]) -> None:
-    (args,) = parse_groups(
-        argv, (CompareArguments,), "python recipes/compare_criteria.py [--name value ...]", _example
-    )
+    compare(argv, "compare_criteria.py", px.CRITERIA, {})
+
+
+def compare(argv: list[str], recipe: str, criteria: Mapping[str, px.Criterion], defaults: Mapping[str, Any]) -> None:
+    """Run the comparison; its methods are of ``criteria``, and ``defaults`` are those of ``recipe``."""
+    usage = f"python recipes/{recipe} [--name value ...]"
+    (args,) = parse_groups(argv, (CompareArguments,), usage, lambda named: {**_example(named), **defaults})
     check(args)
+    cells = list(plan(args, criteria))
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
@@ -111,7 +121,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)  # also without workers, so that their number changes no result
     lines = read_lines(file)
     done = [line["key"] for line in lines]
-    cells = [cell for cell in plan(args) if cell.key() not in done]
+    cells = [cell for cell in cells if cell.key() not in done]
     failed: list[str] = []
     if cells and not args.report_only:
         pairs = dict.fromkeys((cell.model, cell.dataset) for cell in cells)
@@ -120,14 +130,11 @@ def main(argv: list[str]) -> None:
             for model, data in itertools.product(args.model_name_or_path, args.dataset_name)
             if (short(model), short(data)) in pairs
         }
-        ready = [
-            Cell(**{**vars(cell), "budget": cell.budget, "folder": folders[cell.model, cell.dataset]})
-            for cell in cells
-        ]
+        ready = [replace(cell, folder=folders[cell.model, cell.dataset]) for cell in cells]
         progress = tqdm(total=len(ready) + len(done), initial=len(done), desc="Comparison", unit="cell")
         for cell, line in results(ready, args.workers):
             if isinstance(line, Exception):
-                failed.append(f"{cell.method} at {cell.sparsity:g}, seed {cell.seed}: {type(line).__name__}: {line}")
+                failed.append(f"{cell}: {type(line).__name__}: {line}")
                 progress.write(failed[-1], file=sys.stderr)
             else:
                 append_line(file, line)
@@ -138,19 +145,22 @@ def main(argv: list[str]) -> None:
         raise px.PxError(f"{len(failed)} cell(s) failed, the first: {failed[0]}. The others are kept; run again.")
 
 
-def plan(args: CompareArguments) -> Iterator[Cell]:
+def plan(args: CompareArguments, criteria: Mapping[str, px.Criterion]) -> Iterator[Cell]:
     """All cells, one seed after the other, so that an unfinished run has whole rows."""
     budget = args.budget()
+    methods = [Method.parse(text, args.rounds, criteria) for text in args.methods]
     for seed, model, data in itertools.product(args.seeds, args.model_name_or_path, args.dataset_name):
-        yield Cell(short(model), short(data), DENSE, 0.0, seed, budget)
-        for sparsity, method in itertools.product(args.sparsities, args.methods):
+        yield Cell(short(model), short(data), None, 0.0, seed, budget)
+        for sparsity, method in itertools.product(args.sparsities, methods):
             yield Cell(short(model), short(data), method, sparsity, seed, budget)
 
 
 def check(args: CompareArguments) -> None:
-    """**Raises** `InvalidArgumentError` before anything is computed."""
-    for method in args.methods:
-        Method.parse(method, args.rounds)
+    """Refuses bad arguments before anything is computed.
+
+    Raises:
+        InvalidArgumentError: a number is out of its range, or something is named twice.
+    """
     for sparsity in args.sparsities:
         check_sparsity(sparsity)
     for name in ("methods", "sparsities", "seeds", "model_name_or_path", "dataset_name"):
@@ -222,7 +232,8 @@ def report(args: CompareArguments, out: Path) -> None:
         return
     lines.sort(key=lambda line: (line["key"]["model"], line["key"]["dataset"], line["key"]["seed"]))
     text = markdown(lines)
-    (out / "results.md").write_text(text)
+    with whole(out / "results.md") as unfinished:
+        unfinished.write_text(text)
     plot(lines, out / "comparison.png")
     Console().print(Markdown(text))
 

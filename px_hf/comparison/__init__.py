@@ -1,1 +1,1 @@
-"""The comparison of criteria: one cell, the data that cells share, and the tables and plots of the results."""
+"""The comparison of criteria: methods, cells, the data that cells share, results as tables and as a figure."""

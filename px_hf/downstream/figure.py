@@ -7,22 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import LinearSegmentedColormap, to_hex
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image
 
-from ..plots import _DPI, _save
+from ..drawing import BLUE, DENSE, VERMILION, class_colours, picture, shades
 from .page import METHODS
 
-_COLOURS = {
-    "dense": ("#222222", "#222222"),
-    "pruned": ("#7fb3dc", "#0b3c66"),
-    "random": ("#f2a65a", "#9c2a00"),
-}
-"""By kind, of the least and of the greatest sparsity."""
+COLOURS = {"dense": DENSE, "pruned": BLUE, "random": VERMILION}
 
 
 def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -35,40 +27,36 @@ def plot_downstream(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     columns = max(1, min(3, len(tasks), int(11 / panel)))
     rows = -(-len(tasks) // columns)
     width = 1.8 + columns * panel
-    figure = Figure(figsize=(width, 3.1 * rows + 0.9), dpi=_DPI, layout="constrained")
-    panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    colours, markers = _shades(subjects), _markers(subjects)
-    for (task, record), axes in zip(sorted(tasks.items()), panels, strict=False):
-        axes.set_title(task if not record["error"] else f"{task}: failed", fontsize=10)
-        for place, subject in enumerate(subjects):
-            found = record["results"].get(subject["name"], {})
-            for column, method in enumerate(methods):
-                if method in found:
-                    score = found[method]["scores"]["accuracy"]
-                    value, low, high = (100 * score[key] for key in ("value", "low", "high"))
-                    x = column + 0.72 * ((place + 0.5) / len(subjects) - 0.5)
-                    axes.errorbar(
-                        x, value, [[value - low], [high - value]],
-                        fmt=markers[place], color=colours[place], markersize=5, elinewidth=1.3,
-                    )  # fmt: skip
-        axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods], fontsize=8)
-        axes.set_xlim(-0.5, len(methods) - 0.5)
-        axes.set_ylim(0, 102)
-        axes.grid(axis="y", color="#e6e6e6")
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels:  # those without a task
-        axes.set_visible(False)
-    figure.supylabel("test accuracy, %, with 95 % interval", fontsize=9)
-    figure.suptitle(f"{results['model']} on downstream tasks")
-    handles = [
-        Line2D([], [], marker=marker, color=colour, label=subject["name"])
-        for subject, colour, marker in zip(subjects, colours, markers, strict=True)
-    ]
-    entry = 0.75 + 0.07 * max(len(subject["name"]) for subject in subjects)  # inches, at this size of type
-    lines = -(-len(handles) // max(1, int(width / entry)))
-    ncols = -(-len(handles) // lines)
-    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)
-    _save(figure, path)
+    with picture(path, width, 3.1 * rows + 0.9) as figure:
+        handles = [
+            Line2D([], [], linestyle="", marker=marker, color=colour, label=subject["name"])
+            for subject, colour, marker in zip(subjects, _shades(subjects), _markers(subjects), strict=True)
+        ]
+        panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+        for (task, record), axes in zip(sorted(tasks.items()), panels, strict=False):
+            axes.set_title(task if not record["error"] else f"{task}: failed")
+            for place, (subject, handle) in enumerate(zip(subjects, handles, strict=True)):
+                found = record["results"].get(subject["name"], {})
+                for column, method in enumerate(methods):
+                    if method in found:
+                        score = found[method]["scores"]["accuracy"]
+                        value, low, high = (100 * score[key] for key in ("value", "low", "high"))
+                        x = column + 0.72 * ((place + 0.5) / len(subjects) - 0.5)
+                        axes.errorbar(
+                            x, value, [[value - low], [high - value]],
+                            fmt=handle.get_marker(), color=handle.get_color(), elinewidth=1.3,
+                        )  # fmt: skip
+            axes.set_xticks(range(len(methods)), [METHODS[method] for method in methods])
+            axes.set_xlim(-0.5, len(methods) - 0.5)
+            axes.set_ylim(0, 102)
+            axes.grid(axis="y")
+        for axes in panels:  # those without a task
+            axes.set_visible(False)
+        figure.supylabel("test accuracy, %, with 95 % interval")
+        figure.suptitle(f"{results['model']} on downstream tasks")
+        entry = 0.75 + 0.07 * max(len(subject["name"]) for subject in subjects)  # inches, at this size of type
+        lines = -(-len(handles) // max(1, int(width / entry)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines))
 
 
 def _markers(subjects: list[Mapping[str, Any]]) -> list[str]:
@@ -82,13 +70,11 @@ def _markers(subjects: list[Mapping[str, Any]]) -> list[str]:
 
 def _shades(subjects: list[Mapping[str, Any]]) -> list[str]:
     """The colours of the subjects: of its kind, the darker the sparser."""
-    shades = []
+    found = []
     for subject in subjects:
         kin = sorted({s["sparsity"] for s in subjects if s["kind"] == subject["kind"]})
-        place = kin.index(subject["sparsity"]) / (len(kin) - 1) if len(kin) > 1 else 0.5
-        scale = LinearSegmentedColormap.from_list(subject["kind"], _COLOURS[subject["kind"]])
-        shades.append(to_hex(scale(place)))
-    return shades
+        found.append(shades(COLOURS[subject["kind"]], len(kin))[kin.index(subject["sparsity"])])
+    return found
 
 
 def plot_segmentation(
@@ -100,21 +86,21 @@ def plot_segmentation(
     Maps of another size than the image are drawn at its size.
     """
     height = sum(1.9 * image.height / image.width + 0.1 for image in images)
-    figure = Figure(figsize=(1.9 * (1 + len(maps)), height + 0.9), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(len(images), 1 + len(maps), squeeze=False)
-    colours = colormaps["tab20" if len(labels) > 10 else "tab10"].resampled(max(10, len(labels)))
-    for row, image in enumerate(images):
-        size = (0, image.width, image.height, 0)
-        panels[row, 0].imshow(image)
-        for column, (name, drawn) in enumerate(maps.items(), start=1):
-            shown = np.ma.masked_less(drawn[row], 0)
-            panels[row, column].imshow(
-                shown, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest", extent=size
-            )
-            panels[0, column].set_title(name, fontsize=10)
-    for axes in panels.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-    handles = [Patch(color=colours(k), label=label) for k, label in enumerate(labels[:20])]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
-    _save(figure, path)
+    colours = class_colours(len(labels))
+    with picture(path, 1.9 * (1 + len(maps)), height + 0.9) as figure:
+        panels = figure.subplots(len(images), 1 + len(maps), squeeze=False)
+        for row, image in enumerate(images):
+            size = (0, image.width, image.height, 0)
+            panels[row, 0].imshow(image)
+            for column, (name, drawn) in enumerate(maps.items(), start=1):
+                shown = np.ma.masked_less(drawn[row], 0)
+                panels[row, column].imshow(
+                    shown, cmap=colours, vmin=-0.5, vmax=colours.N - 0.5, interpolation="nearest", extent=size
+                )
+                panels[0, column].set_title(name)
+        for axes in panels.flat:
+            axes.spines[:].set_visible(True)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        handles = [Patch(color=colours(k), label=label) for k, label in enumerate(labels[:20])]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)))

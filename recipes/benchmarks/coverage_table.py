@@ -1,7 +1,7 @@
 """Which architectures PX can score: the table in docs/COVERAGE.md.
 
-    python recipes/coverage_table.py                       # all of them, about 10 minutes on one core
-    python recipes/coverage_table.py transformers vit      # the rows of one library, of those names only
+    python recipes/benchmarks/coverage_table.py                     # all of them, about 10 minutes on one core
+    python recipes/benchmarks/coverage_table.py transformers vit    # the rows of one library, of those names only
 
 The rows come from the libraries: each class behind transformers' AutoModelForImageClassification with
 a tiny random configuration, the smallest model of each module of timm, each architecture of
@@ -14,12 +14,14 @@ that no path can lead through, and score no layer as all zeros that the network'
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 import px_hf as px
+from px_hf.atomic import whole
 from px_hf.model.inputs import inputs_of, run
 from px_hf.model.targets import prunable
 
-Batch = dict[str, Tensor] | Tensor
 LIBRARIES = ("transformers", "timm", "torchvision", "towers")
 
 
@@ -143,8 +145,9 @@ def transformers_rows() -> Iterator[Row]:
     for config_class, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.items():
         kind = config_class.model_type
         for model_class in classes if isinstance(classes, tuple) else (classes,):
-            yield Row("transformers", kind, model_class.__name__, _pretrained(kind, config_class, model_class),
-                      _transformers_batch)  # fmt: skip
+            if model_class is not None:
+                build = _pretrained(kind, config_class, model_class)
+                yield Row("transformers", kind, model_class.__name__, build, _transformers_batch)
 
 
 def _pretrained(kind: str, config_class: Any, model_class: Any) -> Callable[[], nn.Module]:
@@ -223,7 +226,8 @@ def _timm_model(name: str) -> Callable[[], nn.Module]:
 
 
 def _timm_batch(model: nn.Module) -> Any:
-    channels, height, width = model.pretrained_cfg["input_size"]
+    config: Any = model.pretrained_cfg
+    channels, height, width = config["input_size"]
     small = torch.randn(1, channels, min(height, 96), min(width, 96))
     try:
         with torch.no_grad():
@@ -250,7 +254,11 @@ def torchvision_rows() -> Iterator[Row]:
             assert isinstance(model, nn.Module)
             return model
 
-        yield Row("torchvision", module, name, build, lambda _, size=size: torch.randn(1, 3, size, size))
+        yield Row("torchvision", module, name, build, partial(_square, size))
+
+
+def _square(size: int, _: nn.Module) -> Tensor:
+    return torch.randn(1, 3, size, size)
 
 
 class Tower(nn.Module):
@@ -307,9 +315,11 @@ def randomise_(model: nn.Module) -> None:
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None:
+                nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            if module.running_var is not None:
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
 
 
 def check(row: Row) -> Result:
@@ -385,7 +395,7 @@ def document(results: list[Result]) -> str:
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     lines = [
         "# Coverage", "",
-        "Made by `python recipes/coverage_table.py`, whose docstring says what *supported* means. "
+        "Made by `python recipes/benchmarks/coverage_table.py`, whose docstring says what *supported* means. "
         f"px_hf {px.__version__}, {versions}.", "",
         "| | supported | rule missing | not applicable | wrong | all |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -404,11 +414,14 @@ def document(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"libraries ({', '.join(LIBRARIES)}), families and models")
+    named = parser.parse_args(argv).names
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    libraries = [a for a in arguments if a in LIBRARIES] or list(LIBRARIES)
-    names = [a for a in arguments if a not in LIBRARIES]
+    libraries = [name for name in named if name in LIBRARIES] or list(LIBRARIES)
+    names = [name for name in named if name not in LIBRARIES]
     results = []
     for library in libraries:
         for row in ROWS[library]():
@@ -422,9 +435,8 @@ def main(arguments: list[str]) -> None:
             print(f"{library} {row.family} {row.name}: {last.status} {last.seconds:.1f} s  {last.note}", flush=True)
             gc.collect()
     if not names and libraries == list(LIBRARIES):
-        target = Path(__file__).parents[2] / "docs" / "COVERAGE.md"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(document(results), encoding="utf-8")
+        with whole(Path(__file__).parents[2] / "docs" / "COVERAGE.md") as unfinished:
+            unfinished.write_text(document(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

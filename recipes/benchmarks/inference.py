@@ -1,14 +1,14 @@
 """How fast pruned models run, and in how much memory, next to their dense parent: latency, throughput, MACs.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_inference.py
+    OMP_NUM_THREADS=1 python recipes/benchmarks/inference.py
 
 takes the embedded ViT, a copy with 95 % of its weights at zero and one with 2:4 zeros, about three minutes on one CPU
 core and no network, and writes outputs/inference/inference.json and inference.png. Expected: zeros alone save no time
 in eager mode, torch.compile and ONNX Runtime. In larger models than this one the CSR kernels of px.accelerate_csr_ do
 on a CPU, and those of px.accelerate_24_ on a GPU. Other models, by folder or id, in any runtime that is there:
 
-    python recipes/benchmark_inference.py --model_name_or_path outputs/pruned outputs/shrunken --batch_sizes 1 32
-    python recipes/benchmark_inference.py --architecture vit_base_patch16_224 --prune global=0.95 2:4=0.5
+    python recipes/benchmarks/inference.py --model_name_or_path outputs/pruned outputs/shrunken --batch_sizes 1 32
+    python recipes/benchmarks/inference.py --architecture vit_base_patch16_224 --prune global=0.95 2:4=0.5
 
 The dense parent is --dense_model_name_or_path, or what the first model's config says it was made from, or, since speed
 does not depend on values, --architecture of timm with random weights. --prune makes pruned copies, by magnitude.
@@ -25,20 +25,19 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import process_memory
 import timm
 import torch
-from inference_figure import plot
 from inference_runtimes import RUNTIMES, Unavailable, prepare
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +46,8 @@ from transformers.utils import CONFIG_NAME, logging
 
 import px_hf as px
 from px_hf.compact.files import find
+from px_hf.drawing import DENSE as GREY
+from px_hf.drawing import SERIES, picture
 from px_hf.model.targets import prunable
 from px_hf.runs.arguments import DEMO_MODELS
 from px_hf.runs.folder import write_json
@@ -117,7 +118,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def subjects(args: argparse.Namespace, temporary: Path) -> dict[str, str]:
-    """Label -> folder or id of each model, the dense one first. **Raises** `InvalidArgumentError`."""
+    """Label -> folder or id of each model, the dense one first.
+
+    Raises:
+        InvalidArgumentError: a model is named twice, or the dense parent is not known.
+    """
     wanted = dict(pair(text) for text in args.prune)
     dense = args.dense_model_name_or_path
     if args.architecture:
@@ -143,7 +148,11 @@ def subjects(args: argparse.Namespace, temporary: Path) -> dict[str, str]:
 
 
 def pair(text: str) -> tuple[str, float]:
-    """Scope and sparsity of "scope=sparsity"."""
+    """Scope and sparsity of "scope=sparsity".
+
+    Raises:
+        InvalidArgumentError: the sparsity is no number.
+    """
     scope, equals, sparsity = text.rpartition("=")
     try:
         return scope, float(sparsity) if equals else float("nan")
@@ -152,7 +161,11 @@ def pair(text: str) -> tuple[str, float]:
 
 
 def base_model(name: str) -> str:
-    """What a pruned model was made from. **Raises** `InvalidArgumentError` if that is not to be had."""
+    """What a pruned model was made from.
+
+    Raises:
+        InvalidArgumentError: its config does not say.
+    """
     path = find(name, CONFIG_NAME)
     entry = {} if path is None else json.loads(path.read_text(encoding="utf-8")).get("px", {})
     told = str(entry.get("base_model") or "")
@@ -210,7 +223,13 @@ def measured(
 
 
 def batch(model: nn.Module, size: int) -> Tensor:
-    return torch.randn(size, *model.example.shape[1:], generator=torch.Generator().manual_seed(0))
+    return torch.randn(size, *image_shape(model), generator=torch.Generator().manual_seed(0))
+
+
+def image_shape(model: nn.Module) -> torch.Size:
+    example = model.example
+    assert isinstance(example, Tensor)
+    return example.shape[1:]
 
 
 def in_turn(calls: dict[Any, Any], images: dict[Any, Tensor], args: argparse.Namespace) -> dict[Any, list[float]]:
@@ -242,31 +261,24 @@ def peak_of(row: dict[str, Any], folder: str, argv: list[str]) -> float | None:
 def peak_mib(runtime: str, name: str, args: argparse.Namespace) -> str:
     """Peak memory of running a model, in MiB; empty where the system does not tell (Linux does, CUDA does)."""
     size = args.batch_sizes[0]
-    before, reset = status("VmRSS"), Path("/proc/self/clear_refs")
+    before = process_memory.now() if process_memory.is_told() else None
     model = loaded(name, args)
-    images = torch.zeros(size, *model.example.shape[1:])
+    images = torch.zeros(size, *image_shape(model))
     call = prepare(runtime, model, images)
     if RUNTIMES[runtime].family.startswith("CUDA"):
         torch.cuda.reset_peak_memory_stats()
         call(images)
         return f"{torch.cuda.max_memory_allocated() / 2**20:.1f}"
-    if before is None or not os.access(reset, os.W_OK):
+    if before is None:
         return ""
     if runtime not in ("eager", "torch.compile"):
         del model  # the runtime has weights of its own
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed
         trim(0)
-    reset.write_text("5")  # the peak starts anew: loading and compiling are not running
+    process_memory.restart_peak()  # loading and compiling are not running
     call(images)
-    return f"{((status('VmHWM') or 0) - before) / 1024:.1f}"
-
-
-def status(entry: str) -> int | None:
-    """An entry of this process's status, in KiB, on Linux."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(entry)), None)
+    return f"{(process_memory.peak() - before) / 2**20:.1f}"
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -307,6 +319,35 @@ def show(results: dict[str, Any]) -> None:
     console.print(table)
     for what, reason in results["not_run"].items():
         console.print(f"Not run: {what}: {reason}", markup=False)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], models: Sequence[str], path: Path) -> None:
+    """Bars from top to bottom in the order of the rows, a colour for each model; rows without a ratio are left out."""
+    shown = [row for row in rows if row["of_dense"] is not None]
+    colours = [GREY, *SERIES]
+    with picture(path, 8.5, 0.27 * len(shown) + 1.6) as figure:
+        axes = figure.add_subplot()
+        for index, model in enumerate(models):
+            bars = [(y, row["of_dense"]) for y, row in enumerate(shown) if row["model"] == model]
+            if bars:
+                axes.barh(*zip(*bars, strict=True), color=colours[index % len(colours)], label=model)
+        for y, row in enumerate(shown):
+            axes.annotate(
+                f"{row['of_dense']:.2f} ({row['milliseconds']:.3g} ms)",
+                (row["of_dense"], y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                bbox={"color": "white", "pad": 0},  # hides the line
+            )
+        axes.axvline(1, color="black", linewidth=1, zorder=0)
+        axes.set_yticks(range(len(shown)), [f"{row['runtime']}, batch {row['batch_size']}" for row in shown])
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("time of the dense model in the same kind of runtime = 1")
+        figure.legend(loc="outside upper center", ncols=min(4, len(models)))
 
 
 if __name__ == "__main__":

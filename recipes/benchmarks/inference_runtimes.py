@@ -66,7 +66,7 @@ def _on_gpu(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).half().cuda()
 
 
-def _synchronized(model: nn.Module) -> Call:
+def _synchronized(model: Call) -> Call:
     @torch.inference_mode()
     def call(images: Tensor) -> None:
         model(images.cuda().half())
@@ -104,7 +104,11 @@ RUNTIMES = {
 
 
 def prepare(name: str, model: nn.Module, images: Tensor) -> Call:
-    """The call of `model` in this runtime, which has been tried on `images`. **Raises** `Unavailable`."""
+    """The call of `model` in this runtime, which has been tried on `images`.
+
+    Raises:
+        Unavailable: it does not run here.
+    """
     try:
         call = RUNTIMES[name].prepare(model)
         call(images)

@@ -1,6 +1,6 @@
 """What scoring costs: the table of docs/PERFORMANCE.md.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_scoring.py --output_dir outputs/benchmark_scoring
+    OMP_NUM_THREADS=1 python recipes/benchmarks/scoring.py --output_dir outputs/benchmark_scoring
 
 An hour and 4 GB of memory for ResNet-50 and ViT-B/16 on one CPU core, no network; `--models ResNet-50` takes a
 quarter, `--quick` with tiny networks a few seconds. On CUDA (`--device cuda`, the default where there is one)
@@ -29,11 +29,9 @@ from typing import Any
 import timm
 import torch
 import transformers
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from random_models import MODELS
 from scoring_measures import (
     CRITERIA,
-    MODELS,
     build,
     draw,
     keeping_masks,
@@ -45,9 +43,10 @@ from scoring_measures import (
 )
 
 import px_hf as px
+from px_hf.drawing import BLUE, VERMILION, picture
 from px_hf.runs.folder import write_json
 
-SECTIONS = ["ratios", "phases", "keeping", "memory", "processes"]
+SECTIONS = ("ratios", "phases", "keeping", "memory", "processes")
 TARGETS = {"Eq. 9": 2.3, "active": 5.0}
 
 
@@ -77,9 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=100, help="calibration images of the phases")
     parser.add_argument("--rounds_measured", type=int, default=3, help="from which 100 rounds are extrapolated")
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 2], help="numbers of processes; none: skip")
-    parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["ratios", "memory", "phases", "processes", "keeping"]
-    )
+    parser.add_argument("--skip", nargs="*", default=[], choices=SECTIONS)
     parser.add_argument("--quick", action="store_true", help="tiny networks and one repeat: does it run?")
     parser.add_argument("--output_dir", default="outputs/benchmark_scoring")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -122,7 +119,7 @@ def memory(settings: Mapping[str, Any], weights: int) -> dict[str, Any]:
         what |= {f"{name}, dense": (name, 0, 1), f"{name}, pruned": (name, settings["sparsity"], 1)}
         what[f"{name}, pruned, 3 batches"] = (name, settings["sparsity"], 3)
     peaks = {
-        row: run_child(settings | {"what": w, "sparsity": s, "batches": b}, 1)[0]["peak"]
+        row: run_child({**settings, "what": w, "sparsity": s, "batches": b}, 1)[0]["peak"]
         for row, (w, s, b) in what.items()
     }
     allowed = 1.5 * peaks["forward"] + weights
@@ -141,7 +138,7 @@ def scaling(settings: Mapping[str, Any], numbers: list[int]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for number in numbers:
-        ranks = run_child(settings | {"what": "process"}, number)
+        ranks = run_child({**settings, "what": "process"}, number)
         found[str(number)] = {
             "cpu s of the busiest": max(rank["cpu"] for rank in ranks),
             "wall s": max(rank["wall"] for rank in ranks),
@@ -217,28 +214,23 @@ def table(results: Mapping[str, Any]) -> str:
 
 def draw_figure(results: Mapping[str, Any], path: Path) -> None:
     """Ratios and memory beside their targets, and the phases."""
-    figure = Figure(figsize=(11, 1.5 + 1.9 * len(results["models"])), dpi=130, layout="constrained")
-    panels = figure.subplots(len(results["models"]), 3, squeeze=False)
-    for (left, middle, right), (name, found) in zip(panels, results["models"].items(), strict=True):
-        bars = found.get("ratios", {}).get("ratio", {})
-        left.barh(list(bars), list(bars.values()), color="#31688e")
-        for row, label in enumerate(bars):
-            left.plot([TARGETS[label.split(",")[0]]] * 2, [row - 0.4, row + 0.4], color="#c1440e")
-        left.set_title(f"{name}: a round, in dense forwards", fontsize=9)
-        bars = found.get("memory", {}).get("of allowed", {})
-        middle.barh(list(bars), list(bars.values()), color="#31688e")
-        middle.axvline(1, color="#c1440e")
-        middle.set_title("peak memory, of what is allowed", fontsize=9)
-        bars = found.get("phases", {}).get("share", {})
-        right.barh(list(bars), [100 * share for share in bars.values()], color="#31688e")
-        right.set_title("100 rounds of Eq. 9, % of the time", fontsize=9)
-        for axes in (left, middle, right):
-            axes.tick_params(labelsize=7)
-            axes.invert_yaxis()
-            axes.spines[["top", "right"]].set_visible(False)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_figure(unfinished, format="png")
-    os.replace(unfinished, path)
+    with picture(path, 11, 1.5 + 1.9 * len(results["models"])) as figure:
+        panels = figure.subplots(len(results["models"]), 3, squeeze=False)
+        for (left, middle, right), (name, found) in zip(panels, results["models"].items(), strict=True):
+            bars = found.get("ratios", {}).get("ratio", {})
+            left.barh(list(bars), list(bars.values()), color=BLUE)
+            for row, label in enumerate(bars):
+                left.plot([TARGETS[label.split(",")[0]]] * 2, [row - 0.4, row + 0.4], color=VERMILION)
+            left.set_title(f"{name}: a round, in dense forwards")
+            bars = found.get("memory", {}).get("of allowed", {})
+            middle.barh(list(bars), list(bars.values()), color=BLUE)
+            middle.axvline(1, color=VERMILION)
+            middle.set_title("peak memory, of what is allowed")
+            bars = found.get("phases", {}).get("share", {})
+            right.barh(list(bars), [100 * share for share in bars.values()], color=BLUE)
+            right.set_title("100 rounds of Eq. 9, % of the time")
+            for axes in (left, middle, right):
+                axes.invert_yaxis()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What recipes/benchmark_scoring.py measures: each function measures one thing on one model.
+"""What recipes/benchmarks/scoring.py measures: each function measures one thing on one model.
 
 Times are CPU seconds of this process on a CPU, which other work on the machine disturbs least, and seconds between
 synchronisations on CUDA. Compared alternatives run in turn, and the median of their ratios counts.
@@ -11,39 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import process_memory
 import torch
 import torch.distributed as dist
+from random_models import MODELS
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 import px_hf as px
 from px_hf.criteria.px import NUMBERS_AT_A_TIME
 from px_hf.model.inputs import Inputs
 from px_hf.ops.tracer import zeroed
 from px_hf.scopes import Global
-
-VIT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-TINY_VIT = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-TINY_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "ResNet-50": lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)),
-    "ViT-B/16": lambda: ViTForImageClassification(ViTConfig(num_labels=1000)),
-    "ViT-L/16": lambda: ViTForImageClassification(ViTConfig(num_labels=1000, **VIT_LARGE)),
-    "tiny ResNet": lambda: ResNetForImageClassification(ResNetConfig(num_labels=10, **TINY_RESNET)),
-    "tiny ViT": lambda: ViTForImageClassification(ViTConfig(num_labels=10, **TINY_VIT)),
-}
-"""With random weights: time and memory do not depend on their values."""
 
 CRITERIA = {"Eq. 9": px.PX(), "active": px.PX(paths="active", power=0.25)}
 
@@ -92,7 +73,7 @@ def ratios(model: nn.Module, images: Tensor, sparsity: float, repeats: int) -> d
     before = seconds(lambda: infer(model, images), device)
     for _ in range(repeats):
         for row, (criterion, mask) in rows.items():
-            took = seconds(lambda c=criterion, m=mask: c.score(model, [images], masks=m), device)  # type: ignore[misc]
+            took = seconds(partial(criterion.score, model, [images], masks=mask), device)
             after = seconds(lambda: infer(model, images), device)
             found[row].append(2 * took / (before + after))
             forwards.append(after)
@@ -113,15 +94,10 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    process_memory.restart_peak()
+    before = process_memory.now()
     function()
-    return _status("VmHWM") - before
-
-
-def _status(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
+    return process_memory.peak() - before
 
 
 def peak(model: nn.Module, images: Tensor, what: str, sparsity: float, batches: int) -> int:

@@ -1,6 +1,6 @@
 """How small a compact copy is, and how long it takes to load: the tables of docs/COMPACT_FORMAT.md.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_size.py --output sizes.md
+    OMP_NUM_THREADS=1 python recipes/benchmarks/size.py --output sizes.md
 
 Ten minutes on two CPU cores, 3 GB of memory, 1 GB of disk, no network. ResNet-50 and ViT-B/16 of transformers get
 random weights (sizes do not depend on their values) and are pruned by magnitude over all layers, whose densities then
@@ -25,27 +25,19 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
+import process_memory
+import random_models
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
 
 import px_hf as px
+from px_hf.atomic import whole
 
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "ResNet-50": lambda: ResNetForImageClassification(ResNetConfig(num_labels=1000)),
-    "ViT-B/16": lambda: ViTForImageClassification(ViTConfig(num_labels=1000)),
-}
+MODELS = ("ResNet-50", "ViT-B/16")
 CRITERIA = {"magnitude": px.Magnitude(), "random": px.Random(seed=0)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # bfloat16 takes what float16 takes
 LOADERS = {
@@ -59,7 +51,7 @@ LOADERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9, 0.95, 0.98])
     parser.add_argument("--repeats", type=int, default=5, help="loads of each kind; the least is shown")
     parser.add_argument("--tables", nargs="+", default=["sizes", "loads"], choices=["sizes", "loads"])
@@ -86,12 +78,13 @@ def main() -> None:
     text = "\n".join([*sizes, "", *loads]) + "\n"
     print(text)
     if args.output:
-        args.output.write_text(text, encoding="utf-8")
+        with whole(args.output) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
-def pruned(name: str, criterion: str, sparsity: float) -> tuple[PreTrainedModel, px.Masks]:
+def pruned(name: str, criterion: str, sparsity: float) -> tuple[nn.Module, px.Masks]:
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = random_models.MODELS[name]().eval()
     masks = px.prune(model, [], CRITERIA[criterion], sparsity=sparsity, progress=False)
     masks.apply_(model)
     return model, masks
@@ -163,18 +156,12 @@ def peak_mib(kind: str, folder: str) -> int:
     """
     with torch.device("meta"):  # what is imported on the way is not the model's
         AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
+    process_memory.restart_peak()
+    before = process_memory.now()
     model = LOADERS[kind](folder)
     for tensor in model.state_dict().values():
         tensor.sum()
-    return (status("VmHWM") - before) // 1024
-
-
-def status(entry: str) -> int:
-    """An entry of this process's status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(entry))
+    return (process_memory.peak() - before) // 2**20
 
 
 def entropy(probability: float) -> float:

@@ -1,6 +1,6 @@
 """Do torch's own sparse kernels beat its dense ones on a CPU? The tables of docs/SPEED.md.
 
-    OMP_NUM_THREADS=1 python recipes/benchmark_sparse_cpu.py --output sparse.md
+    OMP_NUM_THREADS=1 python recipes/benchmarks/sparse_cpu.py --output sparse.md
 
 Three minutes on one CPU core. Layers of ViT-B/16 and ResNet-50 with random zeros, as shares of the time of the dense
 layer (`F.linear`, `F.conv2d`), the median of paired ratios of CPU seconds. Kernels of torch:
@@ -21,12 +21,14 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from px_hf.atomic import whole
 from px_hf.kernels.csr import CSRLinear
 
 Ways = dict[str, Callable[[], Tensor]]
@@ -48,20 +50,17 @@ def main() -> None:
     with torch.inference_mode():
         for outputs, inputs in LINEAR:
             for rows in TOKENS:
-                lines += table_rows(
-                    f"{outputs} × {inputs}", rows, args, lambda s, o=outputs, i=inputs, n=rows: linear(o, i, n, s)
-                )
+                lines += table_rows(f"{outputs} × {inputs}", rows, args, partial(linear, outputs, inputs, rows))
         lines += ["", *header("convolution, channels, kernel, size", "images", args.sparsities)]
         for channels, kernel, size in CONVOLUTIONS:
             for images in IMAGES:
                 name = f"{channels}, {kernel} × {kernel}, {size} × {size}"
-                lines += table_rows(
-                    name, images, args, lambda s, c=channels, k=kernel, h=size, n=images: convolution(c, k, h, n, s)
-                )
+                lines += table_rows(name, images, args, partial(convolution, channels, kernel, size, images))
     text = "\n".join(lines) + "\n"
     print(text)
     if args.output:
-        args.output.write_text(text, encoding="utf-8")
+        with whole(args.output) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
 def header(first: str, second: str, sparsities: list[float]) -> list[str]:
@@ -91,9 +90,7 @@ def linear(outputs: int, inputs: int, rows: int, sparsity: float) -> Ways:
     }
 
 
-def convolution(
-    channels: int, kernel: int, size: int, images: int, sparsity: float
-) -> dict[str, Callable[[], Tensor]]:
+def convolution(channels: int, kernel: int, size: int, images: int, sparsity: float) -> Ways:
     """Stride 1, as many outputs as inputs."""
     weight = zeroed(channels, channels, kernel, kernel, sparsity=sparsity)
     x, csr = torch.randn(images, channels, size, size), weight.flatten(1).to_sparse_csr()

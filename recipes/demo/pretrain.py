@@ -1,7 +1,7 @@
 """Pretrain the two backbones of the demo on rendered letters, from nothing.
 
-    python recipes/pretrain_demo.py --backbone resnet --overwrite_output_dir
-    python recipes/pretrain_demo.py --backbone vit --overwrite_output_dir
+    python recipes/demo/pretrain.py --backbone resnet --overwrite_output_dir
+    python recipes/demo/pretrain.py --backbone vit --overwrite_output_dir
 
 They rewrite recipes/demo/resnet and recipes/demo/vit. Each takes about ten minutes of one CPU core and 1.3 GB of
 memory. Result on letters drawn anew: the ResNet names 92.8 % of them, the ViT 90.8 %.
@@ -29,7 +29,6 @@ from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     ResNetConfig,
     Trainer,
@@ -41,6 +40,7 @@ from transformers import (
 
 import px_hf as px
 from px_hf.data.embedded.letters import CLASSES, COARSE_SHARE, IMAGE_SIZE, letters
+from px_hf.runs.arguments import parse_groups
 from px_hf.runs.folder import claim
 
 SEED, HELD_OUT_SEED = 0, 1
@@ -162,7 +162,7 @@ tags: [{arguments.backbone}, px_hf]
 # A small {name} that knows letters
 
 The backbone of px_hf's embedded example: a {type(model).__name__} of {model.num_parameters():,} parameters for
-{IMAGE_SIZE} × {IMAGE_SIZE} images, trained from nothing by px_hf's `recipes/pretrain_demo.py`, for trying out
+{IMAGE_SIZE} × {IMAGE_SIZE} images, trained from nothing by px_hf's `recipes/demo/pretrain.py`, for trying out
 transfer learning and pruning without a network.
 
 - **Training data**: {arguments.max_steps * arguments.batch_size:,} letters from the text fonts that come with
@@ -170,7 +170,7 @@ transfer learning and pruning without a network.
   stroke widths, contrasts and noise, {COARSE_SHARE:.0%} of them through an 8 × 8 raster. {len(CLASSES)} classes:
   the 52 letters, upper and lower case merged where only the size tells them apart. No digits.
 - **Result**: {result:.1%} of {HELD_OUT:,} newly drawn letters of the same fonts are named right.
-- **Command**: `python recipes/pretrain_demo.py --backbone {arguments.backbone} --max_steps {arguments.max_steps}
+- **Command**: `python recipes/demo/pretrain.py --backbone {arguments.backbone} --max_steps {arguments.max_steps}
   --batch_size {arguments.batch_size}`
 - **Licence**: Apache-2.0.
 
@@ -184,7 +184,8 @@ model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, i
 
 
 if __name__ == "__main__":
+    usage = "python recipes/demo/pretrain.py --backbone resnet [--name value ...]"
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*parse_groups(sys.argv[1:], (Arguments,), usage, lambda named: {}))
     except (px.PxError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

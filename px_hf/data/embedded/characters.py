@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from px_hf.data.embedded import letters as demo_letters
+from . import letters as glyphs
 
 
 def digits(seed: int = 0) -> DatasetDict:
@@ -42,12 +42,12 @@ def greek() -> DatasetDict:
 
     None of them looks like a Latin letter, so the backbones have seen neither images nor classes. Splits share fonts.
     """
-    return _rendered(demo_letters.greek, demo_letters.GREEK)
+    return _rendered(glyphs.greek, glyphs.GREEK)
 
 
 def letters() -> DatasetDict:
     """The Latin letters that the backbones were pretrained on, newly drawn: a source task, not a test of transfer."""
-    return _rendered(demo_letters.letters, demo_letters.CLASSES)
+    return _rendered(glyphs.letters, glyphs.CLASSES)
 
 
 EMBEDDED = {"digits": digits, "greek": greek, "letters": letters}
