@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from fractions import Fraction
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ from .model.wrappers import unwrap
 from .prune import Rounds, check_settings
 from .scopes import Scope
 
+ROUNDS: Final = 8
+UNTIL: Final = 0.5
+"""Defaults, chosen on validation splits: docs/RESULTS.md."""
+
 
 def gradual_pruning(
     optimizer: torch.optim.Optimizer,
@@ -55,8 +59,8 @@ def gradual_pruning(
     *,
     sparsity: float,
     total_steps: int,
-    rounds: int = 8,
-    until: float = 0.5,
+    rounds: int = ROUNDS,
+    until: float = UNTIL,
     scope: str | Scope | None = None,
     prune_head: bool = False,
     min_layer_density: float = 0.0,
@@ -129,8 +133,8 @@ class GradualPruner:
         *,
         sparsity: float,
         total_steps: int,
-        rounds: int = 8,
-        until: float = 0.5,
+        rounds: int = ROUNDS,
+        until: float = UNTIL,
         scope: str | Scope | None = None,
         prune_head: bool = False,
         min_layer_density: float = 0.0,

@@ -15,7 +15,8 @@ from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError, listed
 from .masks import Masks
 from .model.inputs import Batches, inputs_of
-from .model.targets import prunable, unwrap
+from .model.targets import prunable
+from .model.wrappers import unwrap
 from .scopes import Scope, as_scope, check_min_layer_density, check_sparsity
 
 

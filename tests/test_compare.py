@@ -76,6 +76,18 @@ def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> Non
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in table
 
 
+def test_gradual_methods(folder: Path) -> None:  # noqa: F811
+    """Pruned while trained: the sparsity is reached, the schedule is told apart, all rounds are counted as cost."""
+    gradual = ["snip:schedule=gradual:rounds=3", "magnitude:schedule=gradual:rounds=2", "magnitude"]
+    more = ["--methods", *gradual, "--sparsities", "0.9", "--seeds", "0"]
+    compare_criteria.main([*settings(folder, "gradual"), *more])
+    of = {line["key"]["method"]: line for line in lines(folder / "gradual")}
+    assert of["magnitude:schedule=gradual:rounds=2"]["zero_shot"] is None
+    assert of["magnitude:schedule=gradual:rounds=2"]["masks"] != of["magnitude"]["masks"]
+    assert of["snip:schedule=gradual:rounds=3"]["forward_units"] > 3 * 2 * 30
+    assert "| snip:schedule=gradual:rounds=3 |" in (folder / "gradual" / "results.md").read_text()
+
+
 def test_the_picture_is_not_blank(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
     pixels = np.asarray(Image.open(folder / "whole" / "comparison.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
@@ -126,14 +138,14 @@ def test_a_failing_cell_is_told_and_the_others_are_kept(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = comparison_cell.fine_tune
+    real = comparison_cell.prune_
 
-    def explode(model, masks, *rest):
-        if masks is not None and masks.sparsity > 0.8:
+    def explode(model, batches, method, sparsity, seed):
+        if sparsity > 0.8:
             raise px.NonFiniteError("the loss of step 0 is not finite")
-        real(model, masks, *rest)
+        return real(model, batches, method, sparsity, seed)
 
-    monkeypatch.setattr(comparison_cell, "fine_tune", explode)
+    monkeypatch.setattr(comparison_cell, "prune_", explode)
     argv = [*settings(folder, "failing"), "--methods", "magnitude", "--seeds", "0"]
     with pytest.raises(px.PxError, match=r"1 cell\(s\) failed.*magnitude at 0\.9, seed 0: NonFiniteError"):
         compare_criteria.main(argv)
@@ -256,6 +268,10 @@ BAD = [
     (["--methods", "px:scope=4:2"], px.InvalidArgumentError, "needs 0 < n < m"),
     (["--methods", "px:control=no"], px.InvalidArgumentError, "a control of none, shuffle"),
     (["--methods", "px:rounds=0"], px.InvalidArgumentError, "rounds must be"),
+    (["--methods", "px:schedule=slow"], px.InvalidArgumentError, "a schedule of one-shot, gradual"),
+    (["--methods", "px:schedule=gradual:until=0"], px.InvalidArgumentError, "until=0"),
+    (["--methods", "px:schedule=gradual:control=shuffle"], px.InvalidArgumentError, "Leave one out"),
+    (["--methods", "px:schedule=gradual", "--num_train_epochs", "0"], px.InvalidArgumentError, "is 0. Leave one out"),
     (["--methods", "px", "px"], px.InvalidArgumentError, "--methods names the same twice"),
     (["--sparsities", "1.0"], px.InvalidArgumentError, r"must be in \[0, 1\)"),
     (["--workers", "0"], px.InvalidArgumentError, "--workers is 0"),

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
@@ -56,7 +56,9 @@ class CompareArguments:
     )
     methods: list[str] = field(
         default_factory=lambda: ["px-active", "magnitude", "snip", "random"],
-        metadata={"help": "Criteria, with settings: name:key=value:key=value."},
+        metadata={
+            "help": "Criteria, with settings: name:key=value:key=value, for example px-active:schedule=gradual."
+        },
     )
     sparsities: list[float] = field(
         default_factory=lambda: [0.7, 0.95], metadata={"help": "Fractions of the weights to prune, in [0, 1)."}
@@ -112,8 +114,9 @@ def compare(argv: list[str], recipe: str, criteria: Mapping[str, px.Criterion], 
     """Run the comparison; its methods are of ``criteria``, and ``defaults`` are those of ``recipe``."""
     usage = f"python recipes/{recipe} [--name value ...]"
     (args,) = parse_groups(argv, (CompareArguments,), usage, lambda named: {**_example(named), **defaults})
-    check(args)
-    cells = list(plan(args, criteria))
+    methods = [Method.parse(text, args.rounds, criteria) for text in args.methods]
+    check(args, methods)
+    cells = list(plan(args, methods))
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
@@ -145,17 +148,16 @@ def compare(argv: list[str], recipe: str, criteria: Mapping[str, px.Criterion], 
         raise px.PxError(f"{len(failed)} cell(s) failed, the first: {failed[0]}. The others are kept; run again.")
 
 
-def plan(args: CompareArguments, criteria: Mapping[str, px.Criterion]) -> Iterator[Cell]:
+def plan(args: CompareArguments, methods: Sequence[Method]) -> Iterator[Cell]:
     """All cells, one seed after the other, so that an unfinished run has whole rows."""
     budget = args.budget()
-    methods = [Method.parse(text, args.rounds, criteria) for text in args.methods]
     for seed, model, data in itertools.product(args.seeds, args.model_name_or_path, args.dataset_name):
         yield Cell(short(model), short(data), None, 0.0, seed, budget)
         for sparsity, method in itertools.product(args.sparsities, methods):
             yield Cell(short(model), short(data), method, sparsity, seed, budget)
 
 
-def check(args: CompareArguments) -> None:
+def check(args: CompareArguments, methods: Sequence[Method]) -> None:
     """Refuses bad arguments before anything is computed.
 
     Raises:
@@ -172,6 +174,11 @@ def check(args: CompareArguments) -> None:
             raise px.InvalidArgumentError(f"--{name} is {getattr(args, name)}; expected at least {least}.")
     if args.num_train_epochs < 0 or not args.learning_rate > 0:
         raise px.InvalidArgumentError("--num_train_epochs must be at least 0 and --learning_rate above 0.")
+    gradual = [method.text for method in methods if method.gradual]
+    if gradual and not args.num_train_epochs:
+        raise px.InvalidArgumentError(
+            f"{gradual[0]} prunes while the network is fine-tuned, and --num_train_epochs is 0. Leave one out."
+        )
 
 
 def results(cells: list[Cell], workers: int) -> Iterator[tuple[Cell, dict[str, Any] | Exception]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 import px_hf as px
 
 from ..controls import apply_control_
+from ..gradual import GradualPruner
 from .budget import Budget
 from .measures import accuracy, forward_units, zero_shot
 from .method import DENSE, Method
 from .prepared_task import PreparedTask, load
 from .recalibrate import recalibrate_
-from .training import fine_tune
+from .training import Zeros, fine_tune
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,56 @@ def _task(folder: str) -> PreparedTask:
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """The line of the cell: its key, accuracies in [0, 1], cost, seconds."""
+    """The line of the cell: its key, accuracies in [0, 1], cost, seconds.
+
+    A method that prunes gradually has no accuracy before fine-tuning, and its scoring is a part of the fine-tuning's
+    seconds.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    budget, task = cell.budget, _task(cell.folder)
+    budget, task, method = cell.budget, _task(cell.folder), cell.method
     report = task.test if budget.report_on == "test" else task.validation
     model = task.dense_model(cell.seed, budget.head, device)
-    result: dict[str, Any] = {"key": cell.key()}
+    result: dict[str, Any] = {"key": cell.key(), "zero_shot": None}
     seconds: dict[str, float] = {}
-    masks = None
-    if cell.method is not None:
-        batches = task.calibration(budget.examples_per_class, cell.seed, budget.scoring_batch_size)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # empty layers are counted below
+    masks: px.Masks | None = None
+    batches = task.calibration(budget.examples_per_class, cell.seed, budget.scoring_batch_size) if method else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # empty layers are counted below
+        if method is not None and not method.gradual:
             start = time.perf_counter()
-            masks = prune_(model, batches, cell.method, cell.sparsity, cell.seed)
+            masks = prune_(model, batches, method, cell.sparsity, cell.seed)
             seconds["prune"] = round(time.perf_counter() - start, 2)
-            result["forward_units"] = forward_units(model, batches, cell.method)
-        if budget.recalibrate_batchnorm:
-            recalibrate_(model, batches)
+            if budget.recalibrate_batchnorm:
+                recalibrate_(model, batches)
+        if method is not None:
+            result["forward_units"] = forward_units(model, batches, method)
+        if method is None or not method.gradual:
+            result["zero_shot"] = zero_shot(task, model, report, budget.bf16)
+        start = time.perf_counter()
+        if budget.num_train_epochs > 0:
+            kept = fine_tune(model, _zeros(cell, model, batches, masks), task.train, budget, cell.seed)
+            masks = kept.masks if isinstance(kept, GradualPruner) else masks
+            result["fine_tuned"] = accuracy(model, report, budget.bf16)
+        seconds["fine_tune"] = round(time.perf_counter() - start, 2)
+    if masks is not None:
+        if masks.revived(model):
+            raise px.TargetError(f"pruned weights came back: {masks.revived(model)}")
         result["masks"] = masks.fingerprint()
         result["empty_layers"] = sum(not bool(mask.any()) for mask in masks.values())
-    result["zero_shot"] = zero_shot(task, model, report, budget.bf16)
-    start = time.perf_counter()
-    if budget.num_train_epochs > 0:
-        fine_tune(model, masks, task.train, budget, cell.seed)
-        result["fine_tuned"] = accuracy(model, report, budget.bf16)
-        if masks is not None and masks.revived(model):
-            raise px.TargetError(f"pruned weights came back: {masks.revived(model)}")
-    seconds["fine_tune"] = round(time.perf_counter() - start, 2)
     return result | {"seconds": seconds}
+
+
+def _zeros(cell: Cell, model: nn.Module, batches: list[dict[str, Tensor]], masks: px.Masks | None) -> Zeros:
+    """What the method of a cell does while the model is fine-tuned."""
+    method = cell.method
+    if method is not None and method.gradual:
+        return lambda optimizer, steps: px.gradual_pruning(
+            optimizer, model, batches, method.criterion, sparsity=cell.sparsity, total_steps=steps,
+            rounds=method.rounds, until=method.until, scope=method.scope, min_layer_density=method.min_layer_density,
+        )  # fmt: skip
+    if masks is not None:
+        return lambda optimizer, steps: px.keep_masks(optimizer, model, masks)
+    return lambda optimizer, steps: nullcontext()
 
 
 def prune_(model: nn.Module, batches: list[dict[str, Tensor]], method: Method, sparsity: float, seed: int) -> px.Masks:

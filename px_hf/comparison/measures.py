@@ -44,7 +44,7 @@ def accuracy(model: nn.Module, data: Pixels, bf16: bool = False, batch_size: int
 
 def forward_units(model: nn.Module, batches: list[dict[str, Tensor]], method: Method) -> float:
     """Cost of all scoring rounds: their multiplications, over those of a forward pass of one image."""
-    rounds = method.rounds if method.criterion.iterative else 1
+    rounds = method.rounds if method.criterion.iterative or method.gradual else 1
     with FlopCounterMode(display=False, custom_mapping=_GROUPED) as scoring:
         method.criterion.score(model, batches)
     one = batches[0]["pixel_values"][:1].to(next(model.parameters()).device)

@@ -11,10 +11,14 @@ from typing import Any
 import px_hf as px
 
 from ..controls import CONTROLS
+from ..gradual import ROUNDS, UNTIL, check_until
 from ..scopes import as_scope
 
 DENSE = "dense"
 """The name of no method: nothing is pruned."""
+
+SCHEDULES = ("one-shot", "gradual")
+"""Pruned before fine-tuning, or in rounds during its first part."""
 
 _COLON = re.compile(r":(?!\d|uniform)")
 """Between settings. The colons inside scope=2:4 and scope=structured:uniform divide nothing."""
@@ -34,10 +38,12 @@ class Method:
     scope: str
     min_layer_density: float = 0.0
     control: str = "none"
+    schedule: str = SCHEDULES[0]
+    until: float = UNTIL
 
     @classmethod
     def parse(cls, text: str, rounds: int, criteria: Mapping[str, px.Criterion] = px.CRITERIA) -> Method:
-        """The method of that text, with ``rounds`` unless it says its own.
+        """The method of that text, with ``rounds`` unless it says its own, or is gradual.
 
         Raises:
             InvalidArgumentError: an unknown name, key or value.
@@ -58,7 +64,8 @@ class Method:
                 )
             settings[key] = _value(value)
         criterion = replace(criterion, **{key: value for key, value in settings.items() if key in own})
-        found = {"rounds": rounds, "scope": criterion.scope}
+        gradual = settings.get("schedule") == SCHEDULES[1]
+        found = {"rounds": ROUNDS if gradual else rounds, "scope": criterion.scope}
         found |= {key: value for key, value in settings.items() if key not in own}
         return cls(text, criterion, **found)
 
@@ -71,6 +78,19 @@ class Method:
             raise px.InvalidArgumentError(f"Method {self.text!r}: expected a control of {', '.join(CONTROLS)}.")
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
             raise px.InvalidArgumentError(f"Method {self.text!r}: rounds must be a whole number ≥ 1.")
+        if self.schedule not in SCHEDULES:
+            raise px.InvalidArgumentError(f"Method {self.text!r}: expected a schedule of {', '.join(SCHEDULES)}.")
+        if self.gradual and self.control != CONTROLS[0]:
+            raise px.InvalidArgumentError(
+                f"Method {self.text!r}: a control changes masks before training, which schedule={self.schedule} makes "
+                "during it. Leave one out."
+            )
+        check_until(self.until)
+
+    @property
+    def gradual(self) -> bool:
+        """Whether the network is pruned while it is fine-tuned."""
+        return self.schedule == SCHEDULES[1]
 
 
 def _value(text: str) -> Any:

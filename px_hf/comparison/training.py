@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,9 +17,15 @@ import px_hf as px
 from .budget import Budget
 from .pixels import Pixels
 
+Zeros = Callable[[torch.optim.Optimizer, int], AbstractContextManager[Any]]
+"""What keeps or makes zeros during training, given the optimizer and the number of steps."""
 
-def fine_tune(model: nn.Module, masks: px.Masks | None, data: Pixels, budget: Budget, seed: int) -> None:
-    """A plain loop: the order of the data, the shifts and flips depend on `seed` alone, not on the method."""
+
+def fine_tune(model: nn.Module, zeros: Zeros, data: Pixels, budget: Budget, seed: int) -> Any:
+    """A plain loop: the order of the data, the shifts and flips depend on `seed` alone, not on the method.
+
+    Returns what kept or made the zeros.
+    """
     set_seed(seed)
     device = next(model.parameters()).device
     model.train()
@@ -33,26 +43,25 @@ def fine_tune(model: nn.Module, masks: px.Masks | None, data: Pixels, budget: Bu
     steps = max(1, round(per_epoch * budget.num_train_epochs))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps)
     rng = np.random.default_rng(seed)
-    keeper = None if masks is None else px.keep_masks(optimizer, model, masks)
     order = np.empty(0, dtype=np.int64)
-    for step in range(steps):
-        if step % per_epoch == 0:
-            order = rng.permutation(len(data))
-        place = step % per_epoch * size
-        images, labels = data.batch(np.sort(order[place : place + size]), device)
-        images = vary(images, rng, budget)
-        with torch.autocast(device.type, torch.bfloat16, enabled=budget.bf16):
-            logits = model(pixel_values=images).logits
-        loss = F.cross_entropy(logits.float(), labels)
-        if not bool(torch.isfinite(loss)):
-            raise px.NonFiniteError(f"the loss of step {step} is not finite: lower --learning_rate.")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    if keeper is not None:
-        keeper.remove()
+    with zeros(optimizer, steps) as kept:
+        for step in range(steps):
+            if step % per_epoch == 0:
+                order = rng.permutation(len(data))
+            place = step % per_epoch * size
+            images, labels = data.batch(np.sort(order[place : place + size]), device)
+            images = vary(images, rng, budget)
+            with torch.autocast(device.type, torch.bfloat16, enabled=budget.bf16):
+                logits = model(pixel_values=images).logits
+            loss = F.cross_entropy(logits.float(), labels)
+            if not bool(torch.isfinite(loss)):
+                raise px.NonFiniteError(f"the loss of step {step} is not finite: lower --learning_rate.")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return kept
 
 
 def vary(images: Tensor, rng: np.random.Generator, budget: Budget) -> Tensor:

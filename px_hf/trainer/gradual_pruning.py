@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..criteria import Criterion
 from ..errors import CheckpointError, InvalidArgumentError
-from ..gradual import GradualPruner, check_until, require_own
+from ..gradual import ROUNDS, UNTIL, GradualPruner, check_until, require_own
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.inputs import Batches
@@ -77,8 +77,8 @@ class GradualPruning(TrainerCallback):
         batches: Batches,
         *,
         sparsity: float,
-        rounds: int = 8,
-        until: float = 0.5,
+        rounds: int = ROUNDS,
+        until: float = UNTIL,
         scope: str | Scope | None = None,
         prune_head: bool = False,
         min_layer_density: float = 0.0,
