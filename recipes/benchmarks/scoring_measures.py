@@ -25,6 +25,7 @@ from px_hf.criteria.px import NUMBERS_AT_A_TIME
 from px_hf.model.inputs import Inputs
 from px_hf.ops.tracer import zeroed
 from px_hf.scopes import Global
+from px_hf.scoring.given import Given
 
 CRITERIA = {"Eq. 9": px.PX(), "active": px.PX(paths="active", power=0.25)}
 
@@ -117,10 +118,10 @@ class _TimedPX(px.PX):
 
     spent: list[float] = field(default_factory=list)
 
-    def score(self, model: nn.Module, batches: Any, **settings: Any) -> dict[str, Tensor]:
+    def formula(self, given: Given) -> dict[str, Tensor]:
         scores: dict[str, Tensor] = {}
-        device = batches[0].device.type
-        self.spent.append(seconds(lambda: scores.update(px.PX.score(self, model, batches, **settings)), device))
+        device = next(given.model.parameters()).device.type
+        self.spent.append(seconds(lambda: scores.update(px.PX.formula(self, given)), device))
         return scores
 
 
