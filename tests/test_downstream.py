@@ -34,8 +34,8 @@ import px_hf as px
 from px_hf.commands import evaluate_downstream, transfer
 from px_hf.data.embedded import characters as demo_data
 from px_hf.downstream.page import markdown, model_index, read_results
-from px_hf.runs import evaluate_tasks
-from px_hf.runs.tasks import find_tasks
+from px_hf.runs import downstream_evaluation
+from px_hf.runs.downstream_tasks import find_tasks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -195,7 +195,7 @@ def test_a_finished_run_is_not_computed_again(
     before = (folder / "finished/downstream.json").read_bytes()
     with monkeypatch.context() as patched:
         for name in ("probe", "finetune", "head_inputs"):
-            patched.setattr(evaluate_tasks, name, never)
+            patched.setattr(downstream_evaluation, name, never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
         assert (folder / "finished/downstream.json").read_bytes() == before
 
@@ -205,7 +205,7 @@ def test_a_finished_run_is_not_computed_again(
         del record["results"]["random 80 %"]["linear"]
         file.write_text(json.dumps(record))
         patched.undo()
-        patched.setattr(evaluate_tasks, "head_inputs", never)
+        patched.setattr(downstream_evaluation, "head_inputs", never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
     again = json.loads((folder / "finished/downstream.json").read_text())
     for results in (again, finished[1]):
@@ -434,7 +434,7 @@ BAD_ARGUMENTS = [
     (["--sparsity", "0.5", "--prune_on", "digits", "--unlabelled_dir", "x"], "--sparsity needs either --prune_on"),
     (["--push_to_hub"], "publishes a pruned model from its folder"),
     (["--sparsity", "1.5", "--prune_on", "digits"], r"must be in \[0, 1\)"),
-    (["--add_to_model", "--model_name_or_path", "some/model"], "the model is none"),
+    (["--add_to_model", "--model_name_or_path", "some/model"], "some/model is not a folder"),
     (["--taks", "digits"], "Did you mean --tasks"),
     (["--dense_model_name_or_path", "x"], "it has no parent"),
 ]

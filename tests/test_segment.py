@@ -49,7 +49,8 @@ from px_hf.data.embedded import scenes as demo_scenes
 from px_hf.data.segmentation import IGNORED, MapSplit, count_classes, find_pair, segmentation_task
 from px_hf.model.targets import head_modules, prunable
 from px_hf.runs.arguments import FineTuneArguments, ModelArguments
-from px_hf.runs.segment_model import four_of, load_model
+from px_hf.runs.segmentation_job import read_class_names
+from px_hf.runs.segmentation_model import four_of, load_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -563,4 +564,4 @@ def test_bad_arguments(folder: Path, more: list[str], message: str) -> None:
 )
 def test_class_names_are_read_from_every_usual_form(tmp_path: Path, content: str) -> None:
     (tmp_path / "names.json").write_text(content)
-    assert prune_segment.read_class_names(str(tmp_path / "names.json")) == ["a", "b"]
+    assert read_class_names(str(tmp_path / "names.json")) == ["a", "b"]
