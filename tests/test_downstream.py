@@ -34,8 +34,12 @@ import px_hf as px
 from px_hf.commands import evaluate_downstream, transfer
 from px_hf.data.embedded import characters as demo_data
 from px_hf.downstream.page import markdown, model_index, read_results
+from px_hf.model.targets import prunable
 from px_hf.runs import downstream_evaluation
+from px_hf.runs.arguments import FineTuneArguments, ModelArguments
 from px_hf.runs.downstream_tasks import find_tasks
+from px_hf.runs.pruning_arguments import ScoringArguments
+from px_hf.runs.subjects import Subject, prune
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -379,7 +383,7 @@ def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str)
     }[kind]()
     processor = ViTImageProcessor(size={"height": 32, "width": 32}) if kind == "hf vit" else None
     dense, sparse = folder / f"dense {kind}", folder / f"sparse {kind}"
-    nothing = px.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in px.targets.prunable(model).items()})
+    nothing = px.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model).items()})
     px.save_pretrained(model, nothing, dense, image_processor=processor)
     masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
     masks.apply_(model)
@@ -401,6 +405,16 @@ def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str)
     assert scores[0] == scores[1]
     notes = json.loads((folder / f"of {dense.name}/downstream.json").read_text())["notes"]
     assert "Pruned by PX(paths='active', power=0.25, balance=False) in 1 rounds on 14 images of train." in notes
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_the_head_that_is_scored_with_is_pruned_if_asked_for(folder: Path, head: bool) -> None:
+    dense = Subject("dense", "dense", ModelArguments(model_name_or_path=str(folder / "backbone")))
+    training = FineTuneArguments(str(folder / "none"), use_cpu=True, disable_tqdm=True)
+    scoring = ScoringArguments(criterion="magnitude", prune_head=head)
+    masks = prune(dense, scoring, 0.5, training, None, []).masks
+    assert masks is not None
+    assert ("classifier.1.weight" in masks) == head
 
 
 def test_without_its_parent_a_pruned_model_stands_alone(folder: Path) -> None:

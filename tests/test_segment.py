@@ -481,6 +481,19 @@ def test_an_interrupted_run_resumes_to_the_same_end(folder: Path, finished: Path
     assert again["dense"] == first["dense"]
 
 
+def test_whole_units_are_taken_out_and_a_resumed_run_takes_out_the_same(folder: Path) -> None:
+    more = ["--scope", "structured", "--sparsity", "0.3"]
+    prune_segment.main(settings(folder, "structured", *more))
+    out = folder / "structured"
+    first = json.loads((out / "all_results.json").read_text())
+    assert first["parameters_kept"] == px.from_pretrained(out).num_parameters() < first["parameters"]
+    checkpoint = str(min(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    resume = ["--resume_from_checkpoint", checkpoint, "--overwrite_output_dir"]
+    prune_segment.main(settings(folder, "structured", *more, *resume))
+    again = json.loads((out / "all_results.json").read_text())
+    assert {**again, "seconds": None} == {**first, "seconds": None}
+
+
 def test_a_data_set_of_ones_own_with_classes_counted_from_its_maps(folder: Path) -> None:
     for split, count in (("train", 12), ("test", 3)):
         coded(count).to_parquet(folder / f"{split}.parquet")

@@ -58,10 +58,11 @@ class ClassificationJob(Job):
     def splits(self) -> dict[str, Split]:
         """The splits train, validation and, where there is one, test, as tensors."""
         augment = Augment(self.pixels, self.data_args.random_crop, self.data_args.horizontal_flip)
-        found = {"train": self.task.train.with_pixels(augment), "validation": self.task.validation}
-        if self.task.test is not None:
-            found["test"] = self.task.test
-        return {name: split if name == "train" else split.with_pixels(self.pixels) for name, split in found.items()}
+        task = self.task
+        found = {"train": task.train.with_pixels(augment), "validation": task.validation.with_pixels(self.pixels)}
+        if task.test is not None:
+            found["test"] = task.test.with_pixels(self.pixels)
+        return found
 
     @property
     def example(self) -> Tensor:
@@ -147,7 +148,8 @@ class ClassificationJob(Job):
     def table(self, out: Path, results: Mapping[str, Any]) -> Table:
         """Accuracy, sparsity, sizes, times."""
         compared = "dense_eval_accuracy" in results
-        caption = _CAPTIONS["scope" in results and as_scope(results["scope"]).whole_units]
+        scope = results.get("scope")  # kept masks may not say how they were found
+        caption = _CAPTIONS[scope is not None and as_scope(scope).whole_units]
         table = ClosingTable(out, compared=compared, caption=caption, show_header=compared)
         for name, key in (("test", "test_accuracy"), ("validation", "eval_accuracy")):
             if key in results:
