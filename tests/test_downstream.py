@@ -34,8 +34,12 @@ import px_hf as px
 from px_hf.commands import evaluate_downstream, transfer
 from px_hf.data.embedded import characters as demo_data
 from px_hf.downstream.page import markdown, model_index, read_results
-from px_hf.runs import evaluate_tasks
-from px_hf.runs.tasks import find_tasks
+from px_hf.model.targets import prunable
+from px_hf.runs import downstream_evaluation
+from px_hf.runs.arguments import FineTuneArguments, ModelArguments
+from px_hf.runs.downstream_tasks import find_tasks
+from px_hf.runs.pruning_arguments import ScoringArguments
+from px_hf.runs.subjects import Subject, prune
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -195,7 +199,7 @@ def test_a_finished_run_is_not_computed_again(
     before = (folder / "finished/downstream.json").read_bytes()
     with monkeypatch.context() as patched:
         for name in ("probe", "finetune", "head_inputs"):
-            patched.setattr(evaluate_tasks, name, never)
+            patched.setattr(downstream_evaluation, name, never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
         assert (folder / "finished/downstream.json").read_bytes() == before
 
@@ -205,7 +209,7 @@ def test_a_finished_run_is_not_computed_again(
         del record["results"]["random 80 %"]["linear"]
         file.write_text(json.dumps(record))
         patched.undo()
-        patched.setattr(evaluate_tasks, "head_inputs", never)
+        patched.setattr(downstream_evaluation, "head_inputs", never)
         assert evaluate_downstream.main(settings(folder, "finished", *PRUNED_HERE, tasks=("digits", mixed))) == 0
     again = json.loads((folder / "finished/downstream.json").read_text())
     for results in (again, finished[1]):
@@ -379,7 +383,7 @@ def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str)
     }[kind]()
     processor = ViTImageProcessor(size={"height": 32, "width": 32}) if kind == "hf vit" else None
     dense, sparse = folder / f"dense {kind}", folder / f"sparse {kind}"
-    nothing = px.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in px.targets.prunable(model).items()})
+    nothing = px.Masks({name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model).items()})
     px.save_pretrained(model, nothing, dense, image_processor=processor)
     masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
     masks.apply_(model)
@@ -401,6 +405,16 @@ def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str)
     assert scores[0] == scores[1]
     notes = json.loads((folder / f"of {dense.name}/downstream.json").read_text())["notes"]
     assert "Pruned by PX(paths='active', power=0.25, balance=False) in 1 rounds on 14 images of train." in notes
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_the_head_that_is_scored_with_is_pruned_if_asked_for(folder: Path, head: bool) -> None:
+    dense = Subject("dense", "dense", ModelArguments(model_name_or_path=str(folder / "backbone")))
+    training = FineTuneArguments(str(folder / "none"), use_cpu=True, disable_tqdm=True)
+    scoring = ScoringArguments(criterion="magnitude", prune_head=head)
+    masks = prune(dense, scoring, 0.5, training, None, []).masks
+    assert masks is not None
+    assert ("classifier.1.weight" in masks) == head
 
 
 def test_without_its_parent_a_pruned_model_stands_alone(folder: Path) -> None:
@@ -434,7 +448,7 @@ BAD_ARGUMENTS = [
     (["--sparsity", "0.5", "--prune_on", "digits", "--unlabelled_dir", "x"], "--sparsity needs either --prune_on"),
     (["--push_to_hub"], "publishes a pruned model from its folder"),
     (["--sparsity", "1.5", "--prune_on", "digits"], r"must be in \[0, 1\)"),
-    (["--add_to_model", "--model_name_or_path", "some/model"], "the model is none"),
+    (["--add_to_model", "--model_name_or_path", "some/model"], "some/model is not a folder"),
     (["--taks", "digits"], "Did you mean --tasks"),
     (["--dense_model_name_or_path", "x"], "it has no parent"),
 ]

@@ -374,7 +374,7 @@ def test_processes_that_do_not_know_of_each_other_stop(folder: Path) -> None:
 def test_the_command_line_overrides_the_file_and_the_file_the_example(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("sparsity: 0.7\nhorizontal_flip: true\nnum_train_epochs: 2\nlearning_rate: 1e-4\nbf16: false\n")
-    model, data, prune, training = arguments.parse(["--config", str(config), "--num-train-epochs", "5"])
+    model, data, prune, training = prune_finetune.parse(["--config", str(config), "--num-train-epochs", "5"])
     assert (prune.sparsity, training.num_train_epochs, training.learning_rate) == (0.7, 5.0, 1e-4)
     assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, False, True)
     assert model.model_name_or_path == arguments.EXAMPLE_MODEL
@@ -382,7 +382,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_example(tmp_path: 
 
 
 def test_the_example_settings_are_for_the_embedded_digits_only() -> None:
-    _, data, prune, training = arguments.parse(
+    _, data, prune, training = prune_finetune.parse(
         ["--train-dir", "photos/train", "--model_name_or_path", "timm/resnet18"]
     )
     assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, True, False)
@@ -400,12 +400,12 @@ def test_the_example_settings_are_for_the_embedded_digits_only() -> None:
 def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(px.InvalidArgumentError, match=message):
-        arguments.parse(["--config", str(tmp_path / "run.yaml")])
+        prune_finetune.parse(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_help_lists_our_arguments_and_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        arguments.parse(["--help"])
+        prune_finetune.parse(["--help"])
     printed = capsys.readouterr().out
     for name in ("--criterion", "--label_column_name", "--trust_remote_code", "--gradient_accumulation_steps"):
         assert name in printed

@@ -49,7 +49,8 @@ from px_hf.data.embedded import scenes as demo_scenes
 from px_hf.data.segmentation import IGNORED, MapSplit, count_classes, find_pair, segmentation_task
 from px_hf.model.targets import head_modules, prunable
 from px_hf.runs.arguments import FineTuneArguments, ModelArguments
-from px_hf.runs.segment_model import four_of, load_model
+from px_hf.runs.segmentation_job import read_class_names
+from px_hf.runs.segmentation_model import four_of, load_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -177,8 +178,12 @@ def test_a_pushed_segmentation_model_is_one_to_everyone(hub: HubServer, name: st
     for load in (px.from_pretrained, AutoModelForSemanticSegmentation.from_pretrained):
         loaded = load("alice/map").eval()
         assert type(loaded) is type(model)
-        with torch.no_grad():
-            assert torch.equal(loaded(pixel_values=images).logits, model(pixel_values=images).logits)
+        state = loaded.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+        with torch.no_grad():  # kernels round by where weights lie in memory
+            logits, expected = loaded(pixel_values=images).logits, model(pixel_values=images).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-8)
 
 
 # --- data ---
@@ -480,6 +485,19 @@ def test_an_interrupted_run_resumes_to_the_same_end(folder: Path, finished: Path
     assert again["dense"] == first["dense"]
 
 
+def test_whole_units_are_taken_out_and_a_resumed_run_takes_out_the_same(folder: Path) -> None:
+    more = ["--scope", "structured", "--sparsity", "0.3"]
+    prune_segment.main(settings(folder, "structured", *more))
+    out = folder / "structured"
+    first = json.loads((out / "all_results.json").read_text())
+    assert first["parameters_kept"] == px.from_pretrained(out).num_parameters() < first["parameters"]
+    checkpoint = str(min(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+    resume = ["--resume_from_checkpoint", checkpoint, "--overwrite_output_dir"]
+    prune_segment.main(settings(folder, "structured", *more, *resume))
+    again = json.loads((out / "all_results.json").read_text())
+    assert {**again, "seconds": None} == {**first, "seconds": None}
+
+
 def test_a_data_set_of_ones_own_with_classes_counted_from_its_maps(folder: Path) -> None:
     for split, count in (("train", 12), ("test", 3)):
         coded(count).to_parquet(folder / f"{split}.parquet")
@@ -563,4 +581,4 @@ def test_bad_arguments(folder: Path, more: list[str], message: str) -> None:
 )
 def test_class_names_are_read_from_every_usual_form(tmp_path: Path, content: str) -> None:
     (tmp_path / "names.json").write_text(content)
-    assert prune_segment.read_class_names(str(tmp_path / "names.json")) == ["a", "b"]
+    assert read_class_names(str(tmp_path / "names.json")) == ["a", "b"]

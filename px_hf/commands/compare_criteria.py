@@ -33,7 +33,8 @@ from ..comparison.method import Method
 from ..comparison.prepared_task import prepare, short
 from ..comparison.results import append_line, read_lines
 from ..comparison.tables import markdown
-from ..runs.arguments import EXAMPLE_MODEL, parse_groups
+from ..runs.arguments import EXAMPLE_MODEL
+from ..runs.parsing import parse_groups
 from ..scopes import check_sparsity
 
 

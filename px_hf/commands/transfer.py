@@ -5,31 +5,30 @@ recipes/transfer.py says how it is run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 import px_hf as px
 
 from ..data import ClassificationTask, Preprocess
 from ..distributed import processes
-from ..runs.arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments, parse_groups
+from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, one_thread
 from ..runs.backbone import load_processor
 from ..runs.console import Phases
-from ..runs.evaluate_tasks import Evaluation
-from ..runs.pruning_source import Source, SourceArguments
+from ..runs.downstream_arguments import DownstreamArguments, parse_downstream
+from ..runs.downstream_evaluation import DownstreamEvaluation
+from ..runs.downstream_tasks import DownstreamTask, find_tasks
+from ..runs.pruning_source import Source
 from ..runs.subjects import Subject, prune
-from ..runs.tasks import Task, find_tasks
 from ..scopes import check_sparsity
 
 BASES = ("source", "target", "mix")
 
 
 @dataclass
-class TransferArguments(SourceArguments):
+class TransferArguments(DownstreamArguments):
     """Where from, where to."""
 
     source: str | None = field(
@@ -44,15 +43,13 @@ class TransferArguments(SourceArguments):
     )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     random_control: bool = field(default=True, metadata={"help": "Fine-tune a random mask, too."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples a task."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for each other split."})
 
 
 def main(argv: list[str]) -> int:
     """The number of targets that failed."""
     main_process = processes().is_main  # first of all: a wrong launch must not write anything
     model_args, args, training = parse(argv)
-    targets = find_tasks(args.targets, args.max_train_samples, args.max_eval_samples)
+    targets = find_tasks(args.targets, **args.limits())
     phases = Phases(quiet=not main_process)
     dense = Subject("dense", "dense", model_args)
 
@@ -73,12 +70,13 @@ def main(argv: list[str]) -> int:
             batches, name = [*source.calibration(data, 2), *source.batches(2)], "pruned on both"
         return prune(dense, args, args.sparsity, training, data.labels, batches, name)
 
-    def subjects_of(task: Task, data: ClassificationTask) -> list[Subject]:
+    def subjects_of(task: DownstreamTask, data: ClassificationTask) -> list[Subject]:
         subjects = [dense, *(pruned_on(basis, data) for basis in BASES if basis in args.prune_on)]
         control = once.control(subjects) if args.random_control else None
         return subjects if control is None else [*subjects, control]
 
-    evaluation = Evaluation(["finetune"], training, pixels, Path(training.output_dir), phases, model_args.cache_dir)
+    out = Path(training.output_dir)
+    evaluation = DownstreamEvaluation(["finetune"], training, pixels, out, phases, model_args.cache_dir)
     results: dict[str, Any] = {
         "model": model_args.short_name(),
         "pruned_here": True,
@@ -88,27 +86,23 @@ def main(argv: list[str]) -> int:
             *evaluation.notes(random=args.random_control),
         ],
     }
-    settings = {"max_train_samples": args.max_train_samples, "max_eval_samples": args.max_eval_samples}
-    return evaluation.run(targets, subjects_of, results, settings)
+    return evaluation.run(targets, subjects_of, results, args.limits())
 
 
-def parse(argv: list[str]) -> tuple[ModelArguments, TransferArguments, FineTuneArguments]:
-    """The three groups. **Raises** `InvalidArgumentError`."""
-    model_args, args, training = parse_groups(
+def parse(argv: Sequence[str]) -> tuple[ModelArguments, TransferArguments, FineTuneArguments]:
+    """The three groups from the command line and the files it names.
+
+    Raises:
+        InvalidArgumentError: an argument outside its range, or a source that is missing or no use.
+    """
+    model_args, args, training = parse_downstream(
         argv,
-        (ModelArguments, TransferArguments, FineTuneArguments),
+        TransferArguments,
         "accelerate launch recipes/transfer.py [--config file.yaml] [--name value ...]",
-        lambda named: (
-            {"output_dir": "outputs/transfer-{model}"}
-            | (
-                {"learning_rate": EXAMPLE["learning_rate"], "num_train_epochs": 5.0}
-                if named.model_name_or_path == EXAMPLE_MODEL
-                else {}
-            )
-        ),
+        "outputs/transfer-{model}",
     )
     if model_args.model_name_or_path == EXAMPLE_MODEL:
-        torch.set_num_threads(1)  # more cost more than they give for images this small, and round differently
+        one_thread()
         if args.unlabelled_dir is None:
             args.source = args.source or "letters"
     if bool(args.source) == bool(args.unlabelled_dir):
@@ -120,7 +114,4 @@ def parse(argv: list[str]) -> tuple[ModelArguments, TransferArguments, FineTuneA
             f"{args.criterion} needs labels, and those of a mix belong to two heads: --prune_on source target."
         )
     check_sparsity(args.sparsity)
-    training.output_dir = training.output_dir.replace("{model}", Path(model_args.model_name_or_path).name)
-    training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
-    training.logging_strategy = IntervalStrategy.NO
     return model_args, args, training

@@ -1,28 +1,19 @@
-"""The arguments of the recipes: four groups, a YAML file, the command line.
-
-Defaults < the embedded example's settings (when no data is named) < `--config file.yaml` < command line.
-"""
+"""The arguments that commands share, in groups: the model, the data, fine-tuning."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
+from datasets import DatasetDict
 from huggingface_hub import try_to_load_from_cache
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-import px_hf as px
-
-from ..controls import CONTROLS
-from ..data import DataSource
-from ..scopes import as_scope
+from ..data import ClassificationTask, DataSource, classification_task, read_dataset
 
 DEMO_MODELS = Path(__file__).resolve().parents[2] / "recipes" / "demo"
 """The pretrained backbones that come with the repository."""
@@ -36,6 +27,11 @@ EXAMPLE = {
     "compare_dense": True,
 }
 """What differs from the defaults for the embedded digits."""
+
+
+def one_thread() -> None:
+    """For the embedded examples: more threads cost more than they give on images this small, and round differently."""
+    torch.set_num_threads(1)
 
 
 @dataclass
@@ -120,6 +116,33 @@ class DataArguments:
         """The data source, false if none is named."""
         return DataSource(**{f.name: getattr(self, f.name) for f in fields(DataSource)})
 
+    def read(self, embedded: Callable[[], DatasetDict], seed: int, cache_dir: str | None = None) -> ClassificationTask:
+        """All of the source's examples, or of the `embedded` data if none is named.
+
+        Raises:
+            DataError: they cannot be read, or are no images of classes.
+        """
+        source = self.source()
+        return classification_task(
+            read_dataset(source, cache_dir) if source else embedded(),
+            image_column=self.image_column_name,
+            label_column=self.label_column_name,
+            train_split=self.train_split_name,
+            validation_split=self.validation_split_name,
+            test_split=None if self.test_split_name == "none" else self.test_split_name,
+            validation_share=self.train_val_split,
+            seed=seed,
+        )
+
+    def limited(self, task: ClassificationTask, seed: int) -> ClassificationTask:
+        """At most as many examples as `max_train_samples` and `max_eval_samples` say, drawn at random."""
+        return ClassificationTask(
+            task.labels,
+            task.train.sample(self.max_train_samples, seed),
+            task.validation.sample(self.max_eval_samples, seed),
+            None if task.test is None else task.test.sample(self.max_eval_samples, seed),
+        )
+
     def short_name(self) -> str:
         """The name of the data, without folders and extension."""
         path = Path(self.dataset_name or self.train_dir or self.train_file or "digits")
@@ -128,87 +151,6 @@ class DataArguments:
     def hub_id(self) -> str | None:
         """The id of a dataset of the Hub; None for local data."""
         return None if self.dataset_name is None or Path(self.dataset_name).exists() else self.dataset_name
-
-
-@dataclass
-class ScoringArguments:
-    """How weights are ranked for pruning."""
-
-    criterion: str = field(
-        default="px-active", metadata={"help": "How weights are scored.", "choices": list(px.CRITERIA)}
-    )
-    power: float | None = field(
-        default=None, metadata={"help": "Exponent of the path flow in the px criteria: 1 = the paper, 0 = magnitude."}
-    )
-    rounds: int = field(default=20, metadata={"help": "Rounds of scoring and pruning. The paper uses 100."})
-    scope: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rank all weights together (global), within each layer or each output (row), or n:m, as in 2:4: "
-            "keep at most n of m inputs in a row; structured takes out whole units, which are hidden units, heads and "
-            "channels, structured:uniform the same share of every layer and no heads. Default: the criterion's own.",
-        },
-    )
-    min_layer_density: float = field(
-        default=0.0,
-        metadata={
-            "help": "With scope global: the fraction of each layer that is kept in any case; structured: of its units."
-        },
-    )
-    prune_head: bool = field(default=False, metadata={"help": "Prune the classifier head too."})
-    examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
-    scoring_batch_size: int = field(
-        default=16, metadata={"help": "Images scored at once. Smaller saves memory; scores do not depend on it."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.scope is not None:
-            as_scope(self.scope)
-
-    def criterion_object(self) -> px.Criterion:
-        """The criterion of that name, with `power`. **Raises** `InvalidArgumentError` if it takes none."""
-        criterion = px.CRITERIA[self.criterion]
-        if self.power is None:
-            return criterion
-        if not isinstance(criterion, px.PX):
-            raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion}.")
-        return replace(criterion, power=self.power)
-
-
-@dataclass
-class PruneArguments(ScoringArguments):
-    """The sparse subnetwork."""
-
-    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
-    keep_masks: bool = field(
-        default=False,
-        metadata={"help": "The backbone is sparse, by px_hf: prune nothing more, and keep exactly its masks."},
-    )
-    control: str = field(
-        default="none",
-        metadata={
-            "help": "Instead of the found mask: the same in random order within each layer (a random mask of the "
-            "found layer densities), the same with units permuted, or the same on weights drawn anew.",
-            "choices": list(CONTROLS),
-        },
-    )
-    dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
-    compare_dense: bool = field(
-        default=False,
-        metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
-    )
-
-    def describe(self) -> dict[str, Any]:
-        """The settings that the masks depend on, as JSON can say them."""
-        return {
-            "criterion": "none (dense)" if self.dense else repr(self.criterion_object()),
-            "sparsity_asked": self.sparsity,
-            "rounds": self.rounds,
-            "scope": self.scope,
-            "min_layer_density": self.min_layer_density,
-            "prune_head": self.prune_head,
-            "control": self.control,
-        }
 
 
 @dataclass
@@ -246,95 +188,7 @@ class FineTuneArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn at every epoch
 
-
-Arguments = tuple[ModelArguments, DataArguments, PruneArguments, FineTuneArguments]
-
-
-def parse(argv: Sequence[str]) -> Arguments:
-    """The four groups from the command line and the files it names. **Raises** `InvalidArgumentError`."""
-    model, data, prune, training = parse_groups(
-        argv,
-        (ModelArguments, DataArguments, PruneArguments, FineTuneArguments),
-        "accelerate launch recipes/prune_finetune.py [--config file.yaml] [--name value ...]",
-        lambda named: (
-            {}
-            if any(getattr(named, f.name) for f in fields(DataSource))
-            else {**EXAMPLE, "compare_dense": not named.keep_masks}
-        ),
-        pushes=True,
-    )
-    if prune.keep_masks and prune.control != "none":
-        raise px.InvalidArgumentError("--control changes masks, and --keep_masks keeps them. Leave one out.")
-    if prune.keep_masks and (prune.dense or prune.compare_dense):
-        other = "--dense" if prune.dense else "--compare_dense"
-        raise px.InvalidArgumentError(
-            f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
-        )
-    if prune.scope is not None and as_scope(prune.scope).whole_units and prune.control != "none":
-        raise px.InvalidArgumentError(f"--control changes single weights, and --scope {prune.scope} whole units.")
-    if prune.dense:
-        prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
-        prune.min_layer_density, prune.control, prune.scope = 0.0, "none", None
-    prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
-    mask = "dense" if prune.dense else f"{prune.criterion}{100 * prune.sparsity:g}"
-    mask += f"-{prune.scope.replace(':', '-')}" if as_scope(prune.scope).whole_units else ""
-    mask += "" if prune.control == "none" else f"-{prune.control}"
-    mask = "kept" if prune.keep_masks else mask
-    names = {"model": Path(model.model_name_or_path).name, "data": data.short_name(), "mask": mask}
-    for name, value in names.items():
-        training.output_dir = training.output_dir.replace(f"{{{name}}}", value)
-    return model, data, prune, training
-
-
-def parse_groups(
-    argv: Sequence[str],
-    groups: Sequence[type],
-    usage: str,
-    example: Callable[[argparse.Namespace], Mapping[str, Any]],
-    pushes: bool = False,
-) -> list[Any]:
-    """One object for each of the dataclasses `groups`; `example` tells other defaults, given what was named.
-
-    **Raises** `InvalidArgumentError` for an unknown argument, an unreadable `--config`, or `--push_to_hub` of a
-    recipe that does not.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    config = first.parse_known_args(argv)[0].config
-    given = [*(_read_config(config) if config else []), *argv]
-
-    parser = HfArgumentParser(tuple(groups), allow_abbrev=False, usage=usage)
-    parser.set_defaults(**example(parser.parse_known_args(given)[0]))
-    *found, unknown = parser.parse_args_into_dataclasses(given, True, look_for_args_file=False)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise px.InvalidArgumentError(
-            f"Unknown arguments: {' '.join(unknown)}." + (f" Did you mean {close[0]}?" if close else "")
-        )
-    if not pushes and any(getattr(group, "push_to_hub", False) for group in found):
-        raise px.InvalidArgumentError(
-            "--push_to_hub is for recipes/prune_finetune.py and recipes/evaluate_downstream.py: this recipe makes no "
-            "one model."
-        )
-    return found
-
-
-def _read_config(path: str) -> list[str]:
-    """A YAML mapping as command-line words, so that it is checked by the same parser."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise px.InvalidArgumentError(f"Cannot read --config {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise px.InvalidArgumentError(f"--config {path} is no YAML mapping of argument names to values.")
-    words: list[str] = []
-    for name, value in content.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(_word(item) for item in values)]
-    return words
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+    def name_output(self, **names: str) -> None:
+        """Put `names` where `output_dir` has them in braces."""
+        for name, value in names.items():
+            self.output_dir = self.output_dir.replace(f"{{{name}}}", value)

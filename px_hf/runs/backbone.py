@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -17,11 +20,15 @@ import px_hf as px
 from .arguments import FineTuneArguments, ModelArguments
 
 
-def load_processor(model_args: ModelArguments) -> BaseImageProcessor:
-    """The image processor that comes with the backbone."""
+def load_processor(model_args: ModelArguments, **changes: Any) -> BaseImageProcessor:
+    """The image processor that comes with the backbone, with other settings where `changes` names them.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     name = model_args.model_name_or_path
     try:
-        return AutoImageProcessor.from_pretrained(name, **model_args.hub())
+        return AutoImageProcessor.from_pretrained(name, **model_args.hub(), **changes)
     except (OSError, ValueError) as error:
         raise px.CheckpointError(f"Cannot load the image processor of {name}: {error}") from error
 
@@ -31,8 +38,7 @@ def load_model(model_args: ModelArguments, labels: list[str] | None, training: F
     set_seed(training.seed)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
     if labels is not None:
-        config.id2label = dict(enumerate(labels))  # also sets num_labels
-        config.label2id = {name: k for k, name in enumerate(labels)}
+        name_classes_(config, labels)
         if hasattr(config, "label_names"):
             config.label_names = list(labels)  # timm's, which TimmWrapper would save instead
     if getattr(config, "model_args", None):
@@ -45,3 +51,9 @@ def load_model(model_args: ModelArguments, labels: list[str] | None, training: F
         **model_args.hub(),
     )
     return model.to(training.device)
+
+
+def name_classes_(config: PreTrainedConfig, labels: list[str]) -> None:
+    """The classes that the model is to tell apart, in the order of its logits."""
+    config.id2label = dict(enumerate(labels))  # also sets num_labels
+    config.label2id = {name: k for k, name in enumerate(labels)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 import px_hf as px
 
+from ..atomic import whole
 from ..masks_file import MASKS_FILE
 
 FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -20,7 +20,6 @@ FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 RUN_FILE = "run.json"
 """The settings that masks depend on and, once known, the dense results: what a resumed run must know."""
-
 
 UNITS_FILE = "units.safetensors"
 """The masks by which units were taken out, of the model as it was: a resumed run takes out the same ones."""
@@ -34,7 +33,8 @@ def has_structure(out: Path) -> bool:
 def find_checkpoint(out: Path, resume: str | None) -> str | None:
     """The checkpoint to resume from: the named one, or for "true" the newest whole one in `out`.
 
-    **Raises** `CheckpointError` if it is missing or half-written, or there is none.
+    Raises:
+        CheckpointError: it is missing or half-written, or there is none.
     """
     if resume is None or resume.lower() == "false":
         return None
@@ -56,8 +56,8 @@ def find_checkpoint(out: Path, resume: str | None) -> str | None:
 def claim(out: Path, overwrite: bool, checkpoint: str | None) -> None:
     """Makes sure that nothing of an earlier run is lost or mixed up, unless told to overwrite it.
 
-    **Raises** `OutputExistsError` if `out` holds a finished model, or checkpoints of another run than the
-    one resumed.
+    Raises:
+        OutputExistsError: `out` holds a finished model, or checkpoints of another run than the one resumed.
     """
     if not overwrite:
         if any((out / name).exists() for name in FINISHED):
@@ -84,7 +84,8 @@ def begin(out: Path, run: Mapping[str, Any]) -> None:
 def check_same_run(checkpoint: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The record of the run that `checkpoint` is of, as far as it got; of a checkpoint that was moved, nothing.
 
-    **Raises** `InvalidArgumentError` if that run had other settings than `provenance`.
+    Raises:
+        InvalidArgumentError: that run had other settings than `provenance`.
     """
     file = Path(checkpoint).parent / RUN_FILE
     if not file.is_file():
@@ -103,11 +104,9 @@ def check_same_run(checkpoint: str, provenance: Mapping[str, Any]) -> dict[str, 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Written beside the target and moved, so that the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(unfinished, path)
+    """The file is whole or absent."""
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _checkpoints(out: Path) -> list[Path]:

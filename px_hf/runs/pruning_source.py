@@ -14,8 +14,9 @@ import px_hf as px
 
 from ..data import CalibrationSet, ClassificationTask, Preprocess, calibration_set
 from ..data.split import to_rgb
-from .arguments import FineTuneArguments, ModelArguments, ScoringArguments
-from .tasks import find_tasks
+from .arguments import FineTuneArguments, ModelArguments
+from .downstream_tasks import find_tasks
+from .pruning_arguments import ScoringArguments
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Source:
     ) -> Source:
         """The task of that name (see `find_tasks`), or for None the images of `--unlabelled_dir`.
 
-        **Raises** `DataError` if the task cannot be read or there is no image.
+        Raises:
+            DataError: the task cannot be read, or there is no image.
         """
         if task_name is not None:
             (task,) = find_tasks([task_name])

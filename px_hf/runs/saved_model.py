@@ -21,7 +21,8 @@ from ..model.example import default_example
 def load(name: str, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder or Hub repository, in eval mode: by px_hf if px_hf wrote it, else by its own library.
 
-    **Raises** `CheckpointError` if there is none, or it cannot be loaded.
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
     """
     path = find(name, CONFIG_NAME)
     if path is None:
@@ -44,7 +45,8 @@ def example(name: str, model: nn.Module, image_size: int | None = None) -> Tenso
     """One image [1, C, H, W] as the model takes it: of `image_size`, or of what its image processor or configuration
     says.
 
-    **Raises** `InvalidArgumentError` if none of them says anything.
+    Raises:
+        InvalidArgumentError: none of them says anything.
     """
     if image_size is not None:
         return torch.zeros(1, 3, image_size, image_size)

@@ -22,7 +22,8 @@ def is_sparse(config: PreTrainedConfig) -> bool:
 def read_masks(model_args: ModelArguments, config: PreTrainedConfig) -> px.Masks:
     """The masks that came with the backbone, by the names that its weights have in transformers.
 
-    **Raises** `CheckpointError` if it has none.
+    Raises:
+        CheckpointError: it has none.
     """
     hub = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
     masks = px.Masks.from_pretrained(model_args.model_name_or_path, **hub)
@@ -34,8 +35,9 @@ def read_masks(model_args: ModelArguments, config: PreTrainedConfig) -> px.Masks
 def kept_masks(model_args: ModelArguments, model: PreTrainedModel) -> tuple[px.Masks, dict[str, Any]]:
     """The masks of the backbone, and their provenance.
 
-    **Raises** `CheckpointError` if it has none, or they are not those of its weights; `TargetError` if they prune a
-    head of another size than the task's.
+    Raises:
+        CheckpointError: it has none, or they are not those of its weights.
+        TargetError: they prune a head of another size than the task's.
     """
     name = model_args.model_name_or_path
     try:

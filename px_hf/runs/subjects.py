@@ -15,8 +15,9 @@ import px_hf as px
 
 from ..controls import shuffle
 from ..model.targets import head_modules
-from .arguments import FineTuneArguments, ModelArguments, ScoringArguments
+from .arguments import FineTuneArguments, ModelArguments
 from .backbone import load_model
+from .pruning_arguments import ScoringArguments
 from .sparse_backbone import is_sparse, read_masks
 
 
@@ -45,8 +46,9 @@ class Subject:
             model = load_model(self.model, labels, training)
         set_seed(training.seed)
         for module in model.modules():  # in their order, which a set of them has not
-            if module in head_modules(model) and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module in head_modules(model) and callable(reset):
+                reset()
         if (masks := self.masks_for(model)) is not None:
             masks.apply_(model)
         return model
@@ -70,7 +72,9 @@ class Subject:
 def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[list[Subject], list[str]]:
     """The dense parent, where it is known, and the model itself if it is pruned; and notes for the reader.
 
-    **Raises** `CheckpointError` if a pruned model has no masks.
+    Raises:
+        CheckpointError: there is no such model, or a pruned one has no masks.
+        InvalidArgumentError: a parent is named of a model that is not pruned.
     """
     try:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
@@ -117,16 +121,7 @@ def prune(
     """`dense` pruned, without training, on `batches`, with a head for `labels` (None: its own)."""
     with _quiet_loading():
         model = load_model(dense.model, labels, training)
-    masks = px.prune(
-        model,
-        batches,
-        args.criterion_object(),
-        sparsity=sparsity,
-        rounds=args.rounds,
-        scope=args.scope,
-        min_layer_density=args.min_layer_density,
-        progress=not training.disable_tqdm,
-    )
+    masks = args.find_masks(model, batches, sparsity, progress=not training.disable_tqdm)
     return Subject(name.format(_percent(masks)), "pruned", dense.model, masks)
 
 

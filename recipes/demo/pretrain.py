@@ -40,8 +40,8 @@ from transformers import (
 
 import px_hf as px
 from px_hf.data.embedded.letters import CLASSES, COARSE_SHARE, IMAGE_SIZE, letters
-from px_hf.runs.arguments import parse_groups
 from px_hf.runs.folder import claim
+from px_hf.runs.parsing import parse_groups
 
 SEED, HELD_OUT_SEED = 0, 1
 HELD_OUT = 4000

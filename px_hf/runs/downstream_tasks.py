@@ -9,51 +9,43 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import DataClassType
 
 import px_hf as px
 
-from ..data import ClassificationTask, Split, classification_task, read_dataset
+from ..data import ClassificationTask
 from ..data.embedded.characters import EMBEDDED
 from .arguments import DataArguments
 
 
 @dataclass(frozen=True)
-class Task:
+class DownstreamTask:
     """A classification task that has not been read yet."""
 
     name: str
     data: DataArguments
 
     def load(self, seed: int = 0, cache_dir: str | None = None) -> ClassificationTask:
-        """Train, validation and test split, which share no example. **Raises** `DataError` that names the task."""
-        data = self.data
+        """Train, validation and test split, which share no example.
+
+        Raises:
+            DataError: they cannot be read; it names the task.
+        """
         try:
-            raw = EMBEDDED[self.name]() if not data.source() else read_dataset(data.source(), cache_dir)
-            task = classification_task(
-                raw,
-                image_column=data.image_column_name,
-                label_column=data.label_column_name,
-                train_split=data.train_split_name,
-                validation_split=data.validation_split_name,
-                test_split=None if data.test_split_name == "none" else data.test_split_name,
-                validation_share=data.train_val_split,
-                seed=seed,
-            ).with_test(data.train_val_split, seed)
+            task = self.data.read(lambda: EMBEDDED[self.name](), seed, cache_dir)
+            task = task.with_test(self.data.train_val_split, seed)
         except px.DataError as error:
             raise px.DataError(f"Task {self.name!r}: {error}") from error
-        train = task.train.sample(data.max_train_samples, seed)
-        held_out: list[Split] = [
-            split.sample(data.max_eval_samples, seed) for split in (task.validation, task.test) if split is not None
-        ]
-        return ClassificationTask(task.labels, train, *held_out)
+        return self.data.limited(task, seed)
 
 
 def find_tasks(
     words: Sequence[str], max_train_samples: int | None = None, max_eval_samples: int | None = None
-) -> list[Task]:
+) -> list[DownstreamTask]:
     """The tasks that the words name, on at most so many examples.
 
-    **Raises** `InvalidArgumentError` for none, the same name twice, a bad file.
+    Raises:
+        InvalidArgumentError: no task, the same name twice, a bad file.
     """
     tasks = [_task(word) for word in words]
     for task in tasks:
@@ -67,22 +59,22 @@ def find_tasks(
     return tasks
 
 
-def _task(word: str) -> Task:
+def _task(word: str) -> DownstreamTask:
     if word in EMBEDDED:
         # mirrored or cropped characters are others, or none
-        return Task(word, DataArguments(random_crop=False, horizontal_flip=False))
+        return DownstreamTask(word, DataArguments(random_crop=False, horizontal_flip=False))
     if not word.endswith((".yaml", ".yml")):
-        return Task(_safe(word), DataArguments(dataset_name=word))
+        return DownstreamTask(_safe(word), DataArguments(dataset_name=word))
     try:
         content = yaml.safe_load(Path(word).read_text())
         if not isinstance(content, dict):
             raise ValueError("it is no mapping of argument names to values")
-        (data,) = HfArgumentParser(DataArguments).parse_dict(content)
+        (data,) = HfArgumentParser(DataClassType(DataArguments)).parse_dict(content)
         if not data.source():
             raise ValueError("it names no data: dataset_name, train_dir or train_file")
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise px.InvalidArgumentError(f"Cannot read the task file {word}: {error}") from error
-    return Task(_safe(Path(word).stem), data)
+    return DownstreamTask(_safe(Path(word).stem), data)
 
 
 def _safe(name: str) -> str:

@@ -1,13 +1,15 @@
-"""Fine-tuning in the recipes: transformers' Trainer with exact losses and offline metrics."""
+"""transformers' Trainer for classifiers: exact losses over accumulated batches and processes, offline metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import evaluate
+import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, TrainerCallback
+from torch import nn
+from transformers import BaseImageProcessor, EvalPrediction, Trainer, TrainerCallback
 
 from ..data import Split
 from ..metrics import metric_path
@@ -15,13 +17,13 @@ from .arguments import FineTuneArguments
 
 
 def make_trainer(
-    model: PreTrainedModel,
+    model: nn.Module,
     data: dict[str, Split],
     training: FineTuneArguments,
     processor: BaseImageProcessor | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Trainer:
-    """A Trainer with exact losses over accumulated batches and processes, and accuracy without the network."""
+    """A Trainer on the splits train and validation of `data`, which reports accuracy without the network."""
     accuracy = evaluate.load(metric_path("accuracy"), keep_in_memory=True)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
@@ -30,13 +32,22 @@ def make_trainer(
         total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         return total / num_items_in_batch
 
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predicted = logits_of(prediction.predictions).argmax(-1)
+        return accuracy.compute(predictions=predicted, references=prediction.label_ids)
+
     return Trainer(
         model,
         training,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         compute_loss_func=loss,
-        compute_metrics=lambda p: accuracy.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
+        compute_metrics=metrics,
         processing_class=processor,
         callbacks=callbacks,
     )
+
+
+def logits_of(predictions: Any) -> np.ndarray:
+    """[N, K], of what Trainer predicts: the first of several outputs."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)

@@ -18,6 +18,7 @@ from transformers import PrinterCallback
 
 import px_hf as px
 
+from ..atomic import whole
 from ..data import Augment, ClassificationTask, Preprocess
 from ..data.check import read_all
 from ..distributed import on_main, processes
@@ -26,15 +27,15 @@ from ..downstream.page import FIGURE_FILE, METHODS, PAGE_FILE, RESULTS_FILE, acc
 from ..evaluation import PROBES, Examples, FeatureCache, classification_scores, head_inputs
 from ..evaluation.features import features_key
 from .arguments import FineTuneArguments
+from .classifier_trainer import logits_of, make_trainer
 from .console import Phases
-from .fine_tuning import make_trainer
+from .downstream_tasks import DownstreamTask
 from .folder import write_json
 from .subjects import Subject
-from .tasks import Task
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class DownstreamEvaluation:
     """How models are evaluated on tasks, and where the results go."""
 
     methods: list[str]
@@ -46,8 +47,8 @@ class Evaluation:
 
     def run(
         self,
-        tasks: list[Task],
-        subjects_of: Callable[[Task, ClassificationTask], list[Subject]],
+        tasks: list[DownstreamTask],
+        subjects_of: Callable[[DownstreamTask, ClassificationTask], list[Subject]],
         results: dict[str, Any],
         settings: dict[str, Any],
     ) -> int:
@@ -55,7 +56,8 @@ class Evaluation:
 
         What an earlier run with the same settings has found is taken over. A task that fails is in the report.
 
-        **Raises** `OutputExistsError` where the folder holds results of other settings.
+        Raises:
+            OutputExistsError: the folder holds results of other settings.
         """
         results |= {"methods": self.methods, "subjects": [], "tasks": {}}
         for task in tasks:
@@ -81,7 +83,8 @@ class Evaluation:
         if processes().is_main:
             write_json(self.out / RESULTS_FILE, results)
             plot_downstream(results, self.out / FIGURE_FILE)
-            (self.out / PAGE_FILE).write_text(markdown(results), encoding="utf-8")
+            with whole(self.out / PAGE_FILE) as unfinished:
+                unfinished.write_text(markdown(results), encoding="utf-8")
             self._show(results)
         return sum(record["error"] is not None for record in results["tasks"].values())
 
@@ -108,10 +111,10 @@ class Evaluation:
             *["Random: the dense model under a mask with the same density in each layer, drawn at random."] * random,
         ]
 
-    def _file(self, task: Task) -> Path:
+    def _file(self, task: DownstreamTask) -> Path:
         return self.out / "tasks" / f"{task.name}.json"
 
-    def _begin(self, task: Task, subjects: list[Subject], more: dict[str, Any]) -> dict[str, Any]:
+    def _begin(self, task: DownstreamTask, subjects: list[Subject], more: dict[str, Any]) -> dict[str, Any]:
         """The record of a task so far, or a new one."""
         training, file = self.training, self._file(task)
         settings = more | {
@@ -135,7 +138,9 @@ class Evaluation:
             )
         return known
 
-    def _evaluate(self, task: Task, data: ClassificationTask, subjects: list[Subject], record: dict[str, Any]) -> None:
+    def _evaluate(
+        self, task: DownstreamTask, data: ClassificationTask, subjects: list[Subject], record: dict[str, Any]
+    ) -> None:
         """Fills `record["results"]`, and writes the record after each model and method."""
         assert data.test is not None
         record["classes"], record["test_split"] = len(data.labels), data.test.name
@@ -162,7 +167,7 @@ class Evaluation:
             shown = (f"{METHODS[m]} {100 * done[m]['scores']['accuracy']['value']:.1f}" for m in self.methods)
             self.phases.say(f"{subject.name}: {', '.join(shown)}")
 
-    def _save(self, task: Task, record: dict[str, Any]) -> None:
+    def _save(self, task: DownstreamTask, record: dict[str, Any]) -> None:
         if processes().is_main:
             write_json(self._file(task), record)
 
@@ -220,7 +225,7 @@ def probe(method: str, examples: dict[str, Examples], classes: int, seed: int) -
 
 
 def finetune(
-    subject: Subject, task: Task, data: ClassificationTask, training: FineTuneArguments, pixels: Preprocess
+    subject: Subject, task: DownstreamTask, data: ClassificationTask, training: FineTuneArguments, pixels: Preprocess
 ) -> dict[str, Any]:
     """Trained on train with the masks kept, scored on test: every test image once, however many processes."""
     start = time.perf_counter()
@@ -235,13 +240,13 @@ def finetune(
     trainer.train()
     assert data.test is not None
     output = trainer.predict(data.test.with_pixels(pixels))
-    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
     if masks is not None and (revived := masks.revived(model)):
         raise px.TargetError(f"{sum(revived.values())} pruned weights are not zero after training.")
-    if not np.array_equal(output.label_ids, data.test.labels):
+    told = np.asarray(output.label_ids)
+    if not np.array_equal(told, data.test.labels):
         raise RuntimeError(
-            f"{len(output.label_ids)} predictions do not belong to the {len(data.test)} test images in their order."
+            f"{len(told)} predictions do not belong to the {len(data.test)} test images in their order."
         )
-    probabilities = torch.softmax(torch.from_numpy(np.asarray(logits, dtype=np.float64)), -1).numpy()
-    scores = classification_scores(probabilities, np.asarray(output.label_ids), seed=training.seed)
+    probabilities = torch.softmax(torch.from_numpy(logits_of(output.predictions).astype(np.float64)), -1).numpy()
+    scores = classification_scores(probabilities, told, seed=training.seed)
     return {"scores": scores, "seconds": round(time.perf_counter() - start, 2)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import timm
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -27,7 +28,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 import px_hf as px
 
 from .arguments import FineTuneArguments, ModelArguments
-from .backbone import load_processor
+from .backbone import load_processor, name_classes_
 
 Item = TypeVar("Item")
 
@@ -37,15 +38,14 @@ def load_model(
 ) -> PreTrainedModel:
     """A segmentation model without auxiliary head, or a backbone under a new decoder; the same on every call.
 
-    **Raises** `InvalidArgumentError` for a model that is neither.
+    Raises:
+        InvalidArgumentError: a model that is neither.
     """
     set_seed(training.seed)
     name, hub = model_args.model_name_or_path, model_args.hub()
     config = AutoConfig.from_pretrained(name, **hub)
-    named = {"id2label": dict(enumerate(labels)), "label2id": {label: k for k, label in enumerate(labels)}}
     if type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
-        for key, value in named.items():
-            setattr(config, key, value)
+        name_classes_(config, labels)
         if hasattr(config, "use_auxiliary_head"):
             config.use_auxiliary_head = False
         model = AutoModelForSemanticSegmentation.from_pretrained(
@@ -53,17 +53,20 @@ def load_model(
         )
         return model.to(training.device)
     backbone = load_backbone(model_args, config)
-    upernet = UperNetConfig(
-        backbone_config=backbone.config, hidden_size=decoder_size, use_auxiliary_head=False, **named
-    )
+    upernet = UperNetConfig(backbone_config=backbone.config, hidden_size=decoder_size, use_auxiliary_head=False)
+    name_classes_(upernet, labels)
     set_seed(training.seed)
     model = UperNetForSemanticSegmentation(upernet)
     model.backbone = backbone
-    return model.to(training.device)
+    return nn.Module.to(model, training.device)
 
 
 def load_backbone(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """A pretrained backbone with four feature maps (or fewer, if it has no more), of transformers or timm."""
+    """A pretrained backbone with four feature maps (or fewer, if it has no more), of transformers or timm.
+
+    Raises:
+        InvalidArgumentError: a model of another kind.
+    """
     name, hub = model_args.model_name_or_path, model_args.hub()
     if config.model_type == "timm_wrapper":
         return timm_backbone(model_args, config.architecture)
@@ -73,22 +76,26 @@ def load_backbone(model_args: ModelArguments, config: PreTrainedConfig) -> PreTr
             "a SegFormer, UPerNet, DPT or BEiT, a ResNet, Swin, ConvNeXt or DINOv2, or a model of timm."
         )
     config.out_features = four_of(list(config.stage_names)[1:])
-    return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(name, config=config, dtype=torch.float32, **hub)
+    backbone_class: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]  # AutoBackbone looks for local folders on the Hub
+    return backbone_class.from_pretrained(name, config=config, dtype=torch.float32, **hub)
 
 
 def timm_backbone(model_args: ModelArguments, architecture: str) -> PreTrainedModel:
     """The feature maps of a model of timm, as transformers' TimmBackbone, which needs the architecture's name alone.
 
-    **Raises** `InvalidArgumentError` if its weights fit only with other arguments than the architecture's own.
+    Raises:
+        InvalidArgumentError: its weights fit only with other arguments than the architecture's own.
     """
     name = model_args.model_name_or_path
     source = f"local-dir:{name}" if Path(name).is_dir() else f"hf-hub:{name}@{model_args.model_revision}"
-    stages = timm.create_model(architecture, features_only=True).feature_info.info
-    chosen = four_of(range(len(stages)))
+    pyramid: Any = timm.create_model(architecture, features_only=True)
+    chosen = four_of(range(len(pyramid.feature_info.info)))
     pretrained = timm.create_model(
         source, pretrained=True, features_only=True, out_indices=chosen, cache_dir=model_args.cache_dir
     )
-    backbone = TimmBackbone(TimmBackboneConfig(backbone=architecture, out_indices=chosen))
+    config = TimmBackboneConfig(backbone=architecture)
+    config.out_indices = chosen
+    backbone = TimmBackbone(config)
     try:
         backbone._backbone.load_state_dict(pretrained.state_dict())
     except RuntimeError as error:
@@ -101,14 +108,17 @@ def four_of(stages: Sequence[Item]) -> list[Item]:
     return list(stages[len(stages) - 1 :: -max(1, len(stages) // 4)][:4])[::-1]
 
 
-def load_map_processor(model_args: ModelArguments) -> BaseImageProcessor:
-    """The backbone's image processor; for one of timm, which crops, the same size and normalisation without a crop."""
+def load_map_processor(model_args: ModelArguments, size: dict[str, int] | None = None) -> BaseImageProcessor:
+    """The backbone's image processor, for images of another `size`, if it is given.
+
+    Processors of timm crop, which maps do not bear: for those one with the same size and normalisation that does not.
+    """
     processor = load_processor(model_args)
-    if not isinstance(processor, TimmWrapperImageProcessor):
-        return processor
-    _, height, width = processor.data_config["input_size"]
-    return ViTImageProcessor(
-        size={"height": height, "width": width},
-        image_mean=list(processor.data_config["mean"]),
-        image_std=list(processor.data_config["std"]),
-    )
+    if isinstance(processor, TimmWrapperImageProcessor):
+        _, height, width = processor.data_config["input_size"]
+        return ViTImageProcessor(
+            size=size or {"height": height, "width": width},
+            image_mean=list(processor.data_config["mean"]),
+            image_std=list(processor.data_config["std"]),
+        )
+    return processor if size is None else load_processor(model_args, size=size)

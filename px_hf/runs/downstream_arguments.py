@@ -1,0 +1,51 @@
+"""The arguments of the commands that evaluate models on several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments
+from .parsing import parse_groups
+from .pruning_source import SourceArguments
+
+
+@dataclass
+class DownstreamArguments(SourceArguments):
+    """How many examples of each task are used."""
+
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples a task."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for each other split."})
+
+    def limits(self) -> dict[str, int | None]:
+        """Both of them: results with others are not comparable."""
+        return {"max_train_samples": self.max_train_samples, "max_eval_samples": self.max_eval_samples}
+
+
+Group = TypeVar("Group", bound=DownstreamArguments)
+
+
+def parse_downstream(
+    argv: Sequence[str], group: type[Group], usage: str, output_dir: str, pushes: bool = False
+) -> tuple[ModelArguments, Group, FineTuneArguments]:
+    """The three groups; nothing is saved, evaluated or logged while a model trains.
+
+    Raises:
+        InvalidArgumentError: see `parse_groups`.
+    """
+    example = {"learning_rate": EXAMPLE["learning_rate"], "num_train_epochs": 5.0}
+    model_args, args, training = parse_groups(
+        argv,
+        (ModelArguments, group, FineTuneArguments),
+        usage,
+        lambda named: {"output_dir": output_dir} | (example if named.model_name_or_path == EXAMPLE_MODEL else {}),
+        pushes,
+    )
+    training.name_output(model=Path(model_args.model_name_or_path).name)
+    training.save_strategy, training.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    training.logging_strategy = IntervalStrategy.NO
+    return model_args, args, training
