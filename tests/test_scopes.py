@@ -12,7 +12,7 @@ from networks import build, images
 from torch import Tensor, nn
 
 import px_hf as px
-from px_hf.scopes import SCOPES, Global, Layer, NOfM, Row, Scope, Units, as_scope
+from px_hf.scopes import SCOPES, Global, Layer, NOfM, Row, Scope, Step, Units, as_scope
 
 ROWS = {
     "global": Global(),
@@ -84,21 +84,14 @@ def test_a_users_own_scope() -> None:
 
         texts: ClassVar[tuple[str, ...]] = ("first",)
 
-        @classmethod
-        def parse(cls, text: str) -> Scope | None:
-            return cls() if text == "first" else None
-
-        @property
-        def name(self) -> str:
-            return "first"
-
         def targets(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return dict(list(weights.items())[:1])
 
-        def choose(self, scores: Mapping[str, Tensor], sparsity: float, **settings: object) -> px.Masks:
-            return px.select(scores, sparsity=sparsity)
+        def keep(self, step: Step) -> dict[str, Tensor]:
+            return Global().keep(step)
 
     masks = px.prune(build("hf vit"), [], px.Magnitude(), sparsity=0.5, scope=OnlyFirst(), progress=False)
+    assert OnlyFirst().name == "first"
     assert len(masks) == 1
     assert masks.sparsity == 0.5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import InvalidArgumentError
 from .n_of_m import NOfM
-from .scope import Scope, check_min_layer_density, check_sparsity
+from .scope import Scope, Step, check_min_layer_density, check_sparsity
 from .units import Units
 from .weights import Global, Layer, Row
 
@@ -34,6 +34,7 @@ __all__ = [
     "NOfM",
     "Row",
     "Scope",
+    "Step",
     "Units",
     "as_scope",
     "check_min_layer_density",

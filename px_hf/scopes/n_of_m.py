@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, TargetError, listed
 from .ranking import Tensors, count_to_keep, keep_top
-from .scope import Scope
-from .weights import Global, WeightScope
+from .scope import Scope, Step
+from .weights import Global
 
 _CHUNK = 2**22  # weights sorted at a time
 
@@ -32,7 +32,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
-class NOfM(WeightScope):
+class NOfM(Scope):
     """At most ``n`` of every ``m`` inputs in a row: exactly n at sparsity 1 - n/m; at a higher one those of them that
     rank highest over all weights.
 
@@ -93,16 +93,15 @@ class NOfM(WeightScope):
                 "all layers within that pattern."
             )
 
-    def check_step(self, scores: Tensors, sparsity: float, final: bool) -> None:
+    def keep(self, step: Step) -> dict[str, Tensor]:
+        scores, within = step.scores, step.within
         _check_shapes(scores, self.m)
-        if final:
-            self.check_budget(scores, sparsity, 0.0)
-
-    def keep(self, scores: Tensors, density: Fraction, within: Tensors, floor: Fraction) -> dict[str, Tensor]:
+        if step.final:
+            self.check_budget(scores, step.sparsity, step.min_layer_density)
         best = best_of_groups(scores, within, self.n, self.m)
-        count = count_to_keep(scores, density)
+        count = count_to_keep(scores, step.density)
         if count <= self._most(scores):
-            return Global().keep(scores, density, best, floor)
+            return Global().keep(replace(step, within=best))
         rest = {name: ~mask & within[name] if within else ~mask for name, mask in best.items()}
         count -= sum(int(mask.count_nonzero()) for mask in best.values())
         return {name: mask | best[name] for name, mask in keep_top(scores, count, rest).items()}

@@ -34,6 +34,14 @@ def count_to_keep(scores: Tensors, density: Fraction) -> int:
     return max(1, total - round((1 - density) * total))
 
 
+def keep_top_of_each(scores: Tensors, density: Fraction, within: Tensors) -> dict[str, Tensor]:
+    """Masks with the top scores of each tensor by itself, the fraction `density` of it."""
+    masks: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        masks |= keep_top({name: score}, count_to_keep({name: score}, density), within)
+    return masks
+
+
 def keep_top(scores: Tensors, count: int, within: Tensors) -> dict[str, Tensor]:
     """Masks with the `count` weights of all `scores` together that have the top scores."""
     total = sum(score.numel() for score in scores.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -12,13 +14,38 @@ from ..criteria import Criterion
 from ..errors import InvalidArgumentError
 from ..masks import Masks
 from ..model.inputs import Batches
+from .ranking import Tensors, check_scores, check_within
+
+
+@dataclass(frozen=True)
+class Step:
+    """One choice: checked scores, and how many of them may stay.
+
+    Attributes:
+        scores: parameter name -> scores of its shape, non-negative, finite.
+        sparsity: the fraction to prune, in [0, 1).
+        within: what may be kept, name -> bool tensor; empty = everything.
+        min_layer_density: the fraction of each layer that is kept in any case.
+        final: False on the way to a higher sparsity; such a step need not look as the last one must.
+    """
+
+    scores: Tensors
+    sparsity: float
+    within: Tensors
+    min_layer_density: float
+    final: bool
+
+    @property
+    def density(self) -> Fraction:
+        """The fraction to keep, exactly: a sparsity is the decimal number that it prints as."""
+        return 1 - Fraction(repr(self.sparsity))
 
 
 class Scope(ABC):
     """What competes with what when weights are chosen: scores in, masks out. Subclasses are frozen dataclasses.
 
     `px_hf.prune` asks, in this order: `check_criterion`, `targets`, `begin`, `check_budget`, and once a round
-    `choose`. Only `parse`, ``name`` and `choose` have to be written; docs/SCOPES.md shows a whole scope.
+    `choose`. Only ``texts`` and `keep` have to be written; docs/SCOPES.md shows a whole scope.
 
     Attributes:
         texts: how users write the scope, for error messages: ``("global",)``, ``("n:m, such as 2:4",)``.
@@ -29,18 +56,18 @@ class Scope(ABC):
     whole_units: ClassVar[bool] = False
 
     @classmethod
-    @abstractmethod
     def parse(cls, text: str) -> Scope | None:
         """The scope that a text names; None for a text of another scope.
 
         Raises:
             InvalidArgumentError: the text is of this scope, and its numbers make no sense.
         """
+        return cls() if text in cls.texts else None
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """The text that `parse` turns into this scope."""
+        return self.texts[0]
 
     def check_criterion(self, criterion: Criterion) -> None:  # noqa: B027  (most take any)
         """Whether the scope can use the scores of a criterion.
@@ -69,7 +96,6 @@ class Scope(ABC):
             InvalidArgumentError, TargetError: it cannot.
         """
 
-    @abstractmethod
     def choose(
         self,
         scores: Mapping[str, Tensor],
@@ -85,8 +111,25 @@ class Scope(ABC):
             scores: parameter name -> scores of its shape, non-negative, finite.
             sparsity: the fraction to prune, in [0, 1).
             within: only weights kept there may be kept.
-            min_layer_density: the fraction of each layer that is kept in any case.
-            final: False for a step on the way to a higher sparsity, which need not look as the last one must.
+            min_layer_density: the fraction of each layer that is kept in any case, in [0, 1 - sparsity].
+            final: False for a step on the way to a higher sparsity.
+
+        Raises:
+            InvalidArgumentError, NonFiniteError, TargetError: see `px_hf.select`.
+        """
+        sparsity = check_sparsity(sparsity)
+        check_scores(scores)
+        if within is not None:
+            check_within(within, scores)
+        floor = check_min_layer_density(min_layer_density, sparsity)
+        return Masks(self.keep(Step(scores, sparsity, {} if within is None else within.tensors, floor, final)))
+
+    @abstractmethod
+    def keep(self, step: Step) -> dict[str, Tensor]:
+        """The masks of one step: name -> bool tensor, True = kept.
+
+        Raises:
+            InvalidArgumentError, TargetError: the step is not one that the scope can take.
         """
 
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from ..criteria import Criterion
 from ..errors import InvalidArgumentError, TargetError
-from ..masks import Masks
 from ..model.example import example_of
 from ..model.inputs import Batches
 from ..structured.heads import with_counts
 from ..structured.units import Family, trace_units, unread
-from .scope import Scope
+from .scope import Scope, Step
 
 MULTIPLE: Final = 8
 """In layers of 64 units or more the uniform scope keeps a multiple of this, which kernels like."""
@@ -63,15 +62,7 @@ class Units(Scope):
         families = with_counts(model, inputs, trace_units(model, inputs, targets))
         return UnitsOfModel(self.uniform, tuple(families), criterion.unit_power or 1)
 
-    def choose(
-        self,
-        scores: Mapping[str, Tensor],
-        sparsity: float,
-        *,
-        within: Masks | None = None,
-        min_layer_density: float = 0.0,
-        final: bool = True,
-    ) -> Masks:
+    def keep(self, step: Step) -> dict[str, Tensor]:
         """Not from scores alone: see `begin`.
 
         Raises:
@@ -113,35 +104,26 @@ class UnitsOfModel(Units):
                 f"{most:.4f} of the prunable weights. Ask for less, or use scope='global' or 'layer'."
             )
 
-    def choose(
-        self,
-        scores: Mapping[str, Tensor],
-        sparsity: float,
-        *,
-        within: Masks | None = None,
-        min_layer_density: float = 0.0,
-        final: bool = True,
-    ) -> Masks:
-        """Masks that prune the units of the lowest scores: as many as make up at most ``sparsity`` of the weights.
+    def keep(self, step: Step) -> dict[str, Tensor]:
+        """The units of the lowest scores go: as many as make up at most the sparsity of the weights.
 
-        The next unit in the ranking (of the uniform scope: the next narrower width) would exceed ``sparsity``.
-        ``within``: units that it prunes stay pruned. ``min_layer_density``: the share of each layer's units that stays
-        in any case; at least one does.
+        The next unit in the ranking (of the uniform scope: the next narrower width) would be too much. Units that are
+        pruned already stay pruned, and at least one unit of each layer stays.
         """
+        scores = step.scores
         families = [f for f in _eligible(self.families, self.uniform) if f.weights(scores) == f.matrices]
         masks = {name: torch.ones(score.shape, dtype=torch.bool) for name, score in scores.items()}
-        if within is not None:
-            masks |= {name: within[name] for name in scores}
+        masks |= {name: mask.clone() for name, mask in step.within.items()}
         gone = {family: unread(family, masks) for family in families}
         values = {family: unit_scores(family, scores, masks, self.power) for family in families}
-        least = {family: _least(family, self.uniform, min_layer_density) for family in families}
+        least = {family: _least(family, self.uniform, step.min_layer_density) for family in families}
         choose = _alike if self.uniform else _together
-        choose(values, gone, least, sparsity, scores)
+        choose(values, gone, least, step.sparsity, scores)
         for family in families:
             for part in family.parts:
                 if part.tensor in masks:
                     masks[part.tensor].index_fill_(part.axis, part.index[gone[family]].flatten(), False)
-        return Masks(masks)
+        return masks
 
 
 def unit_scores(family: Family, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], power: int = 1) -> Tensor:
