@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..errors import InvalidArgumentError
+from .base import Scope, Step, check_min_layer_density, check_sparsity
 from .n_of_m import NOfM
-from .scope import Scope, Step, check_min_layer_density, check_sparsity
 from .units import Units
 from .weights import Global, Layer, Row
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError, TargetError, listed
+from .base import Scope, Step
 from .ranking import Tensors, count_to_keep, keep_top
-from .scope import Scope, Step
 from .weights import Global
 
 _CHUNK = 2**22  # weights sorted at a time

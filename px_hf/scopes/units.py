@@ -22,7 +22,7 @@ from ..model.example import example_of
 from ..model.inputs import Batches
 from ..structured.heads import with_counts
 from ..structured.units import Family, trace_units, unread
-from .scope import Scope, Step
+from .base import Scope, Step
 
 MULTIPLE: Final = 8
 """In layers of 64 units or more the uniform scope keeps a multiple of this, which kernels like."""

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .base import Scope, Step
 from .ranking import count_to_keep, keep_top, keep_top_of_each
-from .scope import Scope, Step
 
 
 @dataclass(frozen=True)
