@@ -18,6 +18,8 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 import px_hf as px
 from px_hf.distillation import Distillation, hidden_loss, logits_loss
 from px_hf.errors import InvalidArgumentError, TargetError
+from px_hf.runs.arguments import FineTuneArguments
+from px_hf.runs.classifier_trainer import make_trainer
 from px_hf.trainer.distillation_trainer import DistillationTrainer
 
 HERE = Path(__file__).parent
@@ -171,6 +173,37 @@ def test_trainer_is_the_loop_by_hand_however_a_batch_is_split(parts: int, beta: 
     Order()(trainer(model, tmp_path, distillation, **settings)).train()
     torch.testing.assert_close(weights(model), weights(expected), rtol=1e-4, atol=1e-6)
     assert not torch.equal(weights(model), weights(build("hf vit")))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_the_recipes_however_a_batch_is_split(smoothing: float, tmp_path: Path) -> None:
+    """A function that divides a sum by the examples of the whole step; the last step is a short one."""
+    found = []
+    for parts in (1, 2, 4):
+        training = FineTuneArguments(
+            str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", eval_strategy="no",
+            per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, num_train_epochs=1.0,
+            learning_rate=0.1, optim="sgd", weight_decay=0.0, max_grad_norm=0.0, label_smoothing_factor=smoothing,
+        )  # fmt: skip
+        model, distillation = build("hf vit"), Distillation(teacher_of(), alpha=0.4, beta=0.5)
+        data: Any = {"train": examples(21), "validation": examples(4)}
+        it = Order()(make_trainer(model, data, training, distillation=distillation))
+        it.train()
+        found.append(weights(model))
+    expected = build("hf vit").train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for rows in (range(8), range(8, 16), range(16, 21)):
+        given = {
+            "pixel_values": torch.stack([examples()[i]["pixel_values"] for i in rows]),
+            "labels": torch.tensor([examples()[i]["labels"] for i in rows]),
+        }
+        outputs = expected(**given, output_hidden_states=True)
+        task = nn.functional.cross_entropy(outputs.logits, given["labels"], label_smoothing=smoothing)
+        optimizer.zero_grad()
+        distillation.loss(task, outputs, given).backward()
+        optimizer.step()
+    for after in found:
+        torch.testing.assert_close(after, weights(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_is_the_task_alone(tmp_path: Path) -> None:
