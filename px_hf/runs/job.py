@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -129,5 +130,7 @@ class Job(ABC):
 
     def steps(self, model: nn.Module) -> int:
         """How many steps of the optimizer the training of `model` takes."""
-        trainer = self.trainer(model, copy.copy(self.training), [])
-        return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        elsewhere = copy.copy(self.training)
+        with TemporaryDirectory() as elsewhere.output_dir:  # Trainer makes its folder at once
+            trainer = self.trainer(model, elsewhere, [])
+            return trainer.set_initial_training_values(elsewhere, trainer.get_train_dataloader())[-1]
