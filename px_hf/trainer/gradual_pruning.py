@@ -159,8 +159,11 @@ class GradualPruning(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs and self._masks is not None:  # of the training
-            state.log_history[-1]["sparsity"] = logs["sparsity"] = self._masks.sparsity  # Trainer has made a copy
+        if logs is None or "loss" not in logs or self._masks is None:  # not of the training
+            return
+        logs["sparsity"] = self._masks.sparsity
+        if state.log_history:  # of which Trainer has made a copy before
+            state.log_history[-1]["sparsity"] = self._masks.sparsity
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = save_in_checkpoint(args, state, kwargs["model"], self.masks)
