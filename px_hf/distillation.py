@@ -89,8 +89,15 @@ class Distillation:
         Raises:
             TargetError: the teacher has other classes or hidden states than the student, or one of them none.
         """
+        return (1 - self.alpha) * task_loss + self.lesson(outputs, inputs)
+
+    def lesson(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """L without (1 - α) L_task, a mean over the batch; arguments and errors are those of `loss`.
+
+        For a task's loss that is no mean, such as a sum that was divided by the examples of several batches.
+        """
         taught = self._taught(inputs)
-        loss = (1 - self.alpha) * task_loss
+        loss = _logits(outputs).new_zeros((), dtype=torch.float32)
         if self.alpha:
             loss = loss + self.alpha * logits_loss(_logits(outputs), _logits(taught), self.temperature)
         if self.beta:

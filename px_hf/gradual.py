@@ -46,6 +46,9 @@ from .model.wrappers import unwrap
 from .prune import Rounds, check_settings
 from .scopes import Scope
 
+SCHEDULES: Final = ("one-shot", "gradual")
+"""Pruned before fine-tuning, or in rounds during its first part."""
+
 ROUNDS: Final = 8
 UNTIL: Final = 0.5
 """Defaults, chosen on validation splits: docs/RESULTS.md."""

@@ -17,6 +17,8 @@ about 50 seconds on one CPU core, and no network. Expected on the 360 test image
         --train_dir photos/train                           # the same sparse network, with its masks, on another task
     accelerate launch recipes/prune_finetune.py --dense                            # the unpruned ceiling alone
     accelerate launch recipes/prune_finetune.py --scope structured --sparsity 0.5  # a smaller model
+    accelerate launch recipes/prune_finetune.py --schedule gradual                 # pruned in rounds while it learns
+    accelerate launch recipes/prune_finetune.py --distill dense                    # the dense network teaches it
 
 Two processes on a machine without a GPU (`accelerate launch --cpu` would silently start one):
 

@@ -243,6 +243,18 @@ def test_a_control_is_not_taken_for_the_found_subnetwork(about: Report) -> None:
     assert "control" not in Page(card(about, {**PX, "control": "none"})).text
 
 
+def test_a_network_that_was_pruned_while_it_learnt(about: Report) -> None:
+    gradual = {**PX, "schedule": "gradual", "until": 0.5, "rounds": 8, "distilled_from": "dense"}
+    page = Page(card(about, gradual))
+    assert "with px_hf, while it was fine-tuned, in 8 rounds over the first 50 % of its training:" in page.text
+    assert ["schedule", "gradual"] in page.rows
+    assert ["learnt from", "the same network, fine-tuned dense"] in page.rows
+    assert "did not reach" not in page.text
+    page = Page(card(about, {**gradual, "ended_early": True, "distilled_from": "alice/big"}))
+    assert "of its training, the last of which its training did not reach:" in page.text
+    assert ["learnt from", "alice/big"] in page.rows
+
+
 def test_names_cannot_break_the_page(about: Report) -> None:
     evil = {"dataset": "a | b\n\n# c <script>alert(1)</script>", "base_model": "x | <img src=y>\n| z", "scope": "|"}
     evil |= {"criterion": "` <b> | ![a](http://b)", "masks_from": "![a](http://b) [c](http://d) *e* \\"}

@@ -18,6 +18,8 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 import px_hf as px
 from px_hf.distillation import Distillation, hidden_loss, logits_loss
 from px_hf.errors import InvalidArgumentError, TargetError
+from px_hf.runs.arguments import FineTuneArguments
+from px_hf.runs.classifier_trainer import make_trainer
 from px_hf.trainer.distillation_trainer import DistillationTrainer
 
 HERE = Path(__file__).parent
@@ -173,6 +175,42 @@ def test_trainer_is_the_loop_by_hand_however_a_batch_is_split(parts: int, beta: 
     assert not torch.equal(weights(model), weights(build("hf vit")))
 
 
+def of_recipes(folder: Path, distillation: Distillation, count: int, **settings: Any) -> Any:
+    """The Trainer of the recipes, on the first examples, without what else would differ from the loop by hand."""
+    training = FineTuneArguments(
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", eval_strategy="no",
+        num_train_epochs=1.0, learning_rate=0.1, optim="sgd", weight_decay=0.0, max_grad_norm=0.0, **settings,
+    )  # fmt: skip
+    data: Any = {"train": examples(count), "validation": examples(4)}
+    return Order()(make_trainer(build("hf vit"), data, training, distillation=distillation))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_the_recipes_however_a_batch_is_split(smoothing: float, tmp_path: Path) -> None:
+    """A function that divides a sum by the examples of the whole step; the last step is a short one."""
+    distillation = Distillation(teacher_of(), alpha=0.4, beta=0.5)
+    found = []
+    for parts in (1, 2, 4):
+        settings = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+        it = of_recipes(tmp_path, distillation, 21, label_smoothing_factor=smoothing, **settings)
+        it.train()
+        found.append(weights(it.model))
+    expected = build("hf vit").train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for rows in (range(8), range(8, 16), range(16, 21)):
+        given = {
+            "pixel_values": torch.stack([examples()[i]["pixel_values"] for i in rows]),
+            "labels": torch.tensor([examples()[i]["labels"] for i in rows]),
+        }
+        outputs = expected(**given, output_hidden_states=True)
+        task = nn.functional.cross_entropy(outputs.logits, given["labels"], label_smoothing=smoothing)
+        optimizer.zero_grad()
+        distillation.loss(task, outputs, given).backward()
+        optimizer.step()
+    for after in found:
+        torch.testing.assert_close(after, weights(expected), rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_is_the_task_alone(tmp_path: Path) -> None:
     class Deaf(nn.Module):
         def forward(self, *_: Any, **__: Any) -> Any:
@@ -201,7 +239,9 @@ def in_processes() -> None:
     it = Order()(trainer(model, Path(sys.argv[1]), Distillation(teacher_of(), alpha=0.5, beta=0.5), **settings))
     assert it.args.world_size == 2
     it.train()
-    torch.save(weights(model), Path(sys.argv[1], f"{it.args.process_index}.pt"))
+    func = of_recipes(Path(sys.argv[1]), Distillation(teacher_of(), alpha=0.5, beta=0.5), 24, **settings)
+    func.train()
+    torch.save([weights(model), weights(func.model)], Path(sys.argv[1], f"{it.args.process_index}.pt"))
     torch.distributed.destroy_process_group()
 
 
@@ -214,8 +254,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     expected = weights(by_hand(Distillation(teacher_of(), alpha=0.5, beta=0.5), examples(), list(range(24))))
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        for found in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

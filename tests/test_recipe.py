@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -24,6 +26,8 @@ from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
     ViTImageProcessor,
     set_seed,
 )
@@ -31,8 +35,9 @@ from transformers import (
 import px_hf as px
 from px_hf.commands import prune_finetune
 from px_hf.data.embedded import characters as demo_data
-from px_hf.runs import arguments
+from px_hf.runs import arguments, classification_job
 from px_hf.runs import folder as output_folder
+from px_hf.runs.classification_job import ClassificationJob
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = str(RECIPES / "prune_finetune.py")
@@ -150,15 +155,15 @@ def test_the_reported_accuracy_is_that_of_the_saved_model(finished: tuple[Path, 
     assert accuracy_of(out) == results(out)["test_accuracy"]
 
 
-def accuracy_of(out: Path) -> float:
-    """On the same 61 test images, by other means."""
+def accuracy_of(out: Path, processor: Path | None = None) -> float:
+    """On the same 61 test images, by other means; `processor` is where the image processor is."""
     from px_hf.data import classification_task
 
     test = classification_task(demo_data.digits()).test
     assert test is not None
     test = test.sample(61, seed=42)
     model = AutoModelForImageClassification.from_pretrained(out).eval()
-    images = AutoImageProcessor.from_pretrained(out)(test.images(range(61)), return_tensors="pt")
+    images = AutoImageProcessor.from_pretrained(processor or out)(test.images(range(61)), return_tensors="pt")
     with torch.no_grad():
         predicted = model(**images).logits.argmax(-1)
     return float((predicted == torch.from_numpy(test.labels)).double().mean())
@@ -243,6 +248,115 @@ def test_the_dense_ceiling_prunes_nothing(folder: Path) -> None:
     assert all((weight != 0).all() for name, weight in weights.items() if name.endswith("convolution.weight"))
 
 
+# --- pruned while it learns, with a teacher ---
+
+GRADUAL = [
+    *("--schedule", "gradual", "--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "2"),
+    *("--save_total_limit", "9"),
+]
+"""14 steps; the three rounds are at 0, 3 and 7."""
+TAUGHT = [*GRADUAL, "--distill", "dense", "--distill_hidden", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def gradual(folder: Path) -> tuple[Path, str]:
+    """A gradual run with the dense network as teacher: its folder and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_here(settings(folder, "gradual", *TAUGHT))
+    return folder / "gradual", printed.getvalue()
+
+
+def test_a_network_is_pruned_while_it_learns_from_the_dense_one(gradual: tuple[Path, str]) -> None:
+    out, printed = gradual
+    written, masks = results(out), px.Masks.from_pretrained(out)
+    assert masks.kept == written["weights_kept"] == round(0.1 * masks.total)
+    assert not masks.revived(AutoModelForImageClassification.from_pretrained(out))
+    told = json.loads((out / "config.json").read_text())["px"]
+    assert (told["schedule"], told["until"], told["rounds"], told["distilled_from"]) == ("gradual", 0.5, 3, "dense")
+    assert "ended_early" not in told
+    assert "dense_eval_accuracy" in written
+    assert re.findall(r"round (\d) of 3 at step (\d+): ([\d.]+) % sparse", printed) == [
+        ("1", "0", "53.6"), ("2", "3", "78.5"), ("3", "7", "90.0")
+    ]  # fmt: skip
+    history = json.loads((out / "checkpoint-14/trainer_state.json").read_text())["log_history"]
+    assert [round(entry["sparsity"], 3) for entry in history if "loss" in entry][-1] == 0.9
+    assert accuracy_of(out) == written["test_accuracy"]
+    assert accuracy_of(out / "teacher", out) == written["dense_test_accuracy"]
+
+
+@pytest.mark.parametrize("step", [2, 6, 12])
+def test_a_gradual_run_resumes_from_any_checkpoint_to_the_same_end(
+    folder: Path, gradual: tuple[Path, str], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense network is not trained again, unless it was lost."""
+    out = folder / f"gradual-{step}"
+    shutil.copytree(gradual[0], out)
+    if step == 6:
+        shutil.rmtree(out / "teacher")
+    else:
+        monkeypatch.setattr(ClassificationJob, "train_dense", lambda _: pytest.fail("trained again"))
+    resume = ["--resume_from_checkpoint", str(out / f"checkpoint-{step}"), "--overwrite_output_dir"]
+    run_here(settings(folder, out.name, *TAUGHT, *resume))
+    assert (out / "model.safetensors").read_bytes() == (gradual[0] / "model.safetensors").read_bytes()
+    assert results(out) == results(gradual[0])
+    assert (out / "teacher/model.safetensors").is_file()
+
+
+def test_whole_units_are_taken_out_after_a_gradual_run(folder: Path) -> None:
+    more = [*GRADUAL[:4], "--scope", "structured", "--sparsity", "0.3", "--min_layer_density", "0.2"]
+    run_here(settings(folder, "small", *more))
+    out = folder / "small"
+    first = results(out)
+    assert first["parameters_kept"] == px.from_pretrained(out).num_parameters() < first["parameters"]
+    assert 0.2 < first["sparsity"] <= 0.3
+    history = json.loads((out / "checkpoint-14/trainer_state.json").read_text())["log_history"]
+    masked = [entry for entry in history if "eval_loss" in entry][-1]  # before they were taken out
+    assert masked["eval_accuracy"] == first["eval_accuracy"]
+    assert masked["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
+
+    resume = ["--resume_from_checkpoint", str(out / "checkpoint-7"), "--overwrite_output_dir"]
+    run_here(settings(folder, "small", *more, *resume))
+    assert results(out) == first
+
+
+def test_a_run_that_ends_before_its_last_round_claims_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 5
+
+    make = classification_job.make_trainer
+    monkeypatch.setattr(
+        classification_job, "make_trainer", lambda *args: make(*args[:4], [*args[4], Stop()], *args[5:])
+    )
+    with pytest.warns(UserWarning, match="Pruning ended with round 2 of 3, after 5 steps"):
+        run_here(settings(folder, "stopped", *GRADUAL))
+    written, masks = results(folder / "stopped"), px.Masks.from_pretrained(folder / "stopped")
+    assert written["sparsity"] == masks.sparsity == pytest.approx(0.784, abs=1e-3)
+    assert written["ended_early"]
+    assert json.loads((folder / "stopped/config.json").read_text())["px"]["ended_early"]
+
+
+def test_a_teacher_from_a_folder(folder: Path, finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    one_epoch = ["--num_train_epochs", "1", "--save_strategy", "no", "--criterion", "magnitude"]
+    run_here(settings(folder, "taught", *one_epoch, "--distill", str(finished[0])))
+    run_here(settings(folder, "untaught", *one_epoch))
+    told = [json.loads((folder / name / "config.json").read_text())["px"] for name in ("taught", "untaught")]
+    assert [entry.get("distilled_from") for entry in told] == ["finished", None]
+    assert "schedule" not in told[0]
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("taught", "untaught")]
+    assert weights[0] != weights[1]
+    assert not (folder / "taught/teacher").exists()
+
+    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(px.TargetError, match="the teacher has other classes than the model: 4"):
+        run_here(settings(folder, "bad", "--distill", str(folder / "backbone")))
+    labels = {k: str(k) for k in range(10)}
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", id2label=labels)
+    ResNetForImageClassification(config).save_pretrained(folder / "other")
+    with pytest.raises(px.TargetError, match="hidden states do not match"):
+        run_here(settings(folder, "misfit", "--distill", str(folder / "other"), "--distill_hidden", "1"))
+
+
 # --- bad input: a clear error, and nothing is written or lost ---
 
 
@@ -268,6 +382,18 @@ BAD_ARGUMENTS = [
     (["--criterion", "magnitude", "--power", "0.5"], px.InvalidArgumentError, "--power is for the px criteria"),
     (["--scope", "structured", "--control", "shuffle"], px.InvalidArgumentError, "--control changes single weights"),
     (["--scope", "structured", "--sparsity", "0.99"], px.TargetError, "out of reach with scope='structured'"),
+    (["--schedule", "gradual", "--until", "0"], px.InvalidArgumentError, r"until=0.0: expected .* in \(0, 1\]"),
+    (["--until", "0.3"], px.InvalidArgumentError, "--until says when --schedule gradual ends"),
+    (["--schedule", "gradual", "--rounds", "99"], px.InvalidArgumentError, "rounds=99 do not fit into training"),
+    (["--schedule", "gradual", "--max_steps", "3"], px.InvalidArgumentError, "total_steps=3 leaves 1 step"),
+    (["--schedule", "gradual", "--control", "shuffle"], px.InvalidArgumentError, "--control shuffle changes masks"),
+    (["--schedule", "gradual", "--dense"], px.InvalidArgumentError, "--dense prunes nothing, and --schedule gradual"),
+    (["--schedule", "gradual", "--keep_masks"], px.InvalidArgumentError, "--keep_masks prunes nothing more"),
+    (["--distill_alpha", "0.3"], px.InvalidArgumentError, "need --distill"),
+    (["--distill", "dense", "--distill_temperature", "0"], px.InvalidArgumentError, "temperature=0.0"),
+    (["--distill", "dense", "--dense"], px.InvalidArgumentError, "--distill dense teaches a pruned network"),
+    (["--distill", "dense", "--keep_masks"], px.InvalidArgumentError, "--distill dense needs the unpruned network"),
+    (["--distill", "./no/such"], px.CheckpointError, "Cannot get config.json of './no/such'"),
     (["--power", "-1"], px.InvalidArgumentError, "power=-1"),
     (["--config", "no/such.yaml"], px.InvalidArgumentError, "Cannot read --config no/such.yaml"),
     (["--model_name_or_path", "./no/such"], px.CheckpointError, "Cannot load the image processor of ./no/such"),
@@ -362,6 +488,18 @@ def test_a_resumed_run_does_not_take_other_settings(folder: Path, finished: tupl
     assert not (folder / "resumed").exists()
 
 
+def test_a_gradual_run_is_not_resumed_as_another(folder: Path, gradual: tuple[Path, str]) -> None:
+    resume = ["--resume_from_checkpoint", str(gradual[0] / "checkpoint-2")]
+    for more, message in (
+        (GRADUAL[2:], "schedule: gradual then, None now"),
+        ([*TAUGHT, "--until", "0.6"], "until: 0.5 then, 0.6 now"),
+        (GRADUAL, "distilled_from: dense then, None now"),
+    ):
+        with pytest.raises(px.InvalidArgumentError, match=message):
+            run_here(settings(folder, "resumed", *more, *resume))
+    assert not (folder / "resumed").exists()
+
+
 def test_processes_that_do_not_know_of_each_other_stop(folder: Path) -> None:
     printed = run(folder, TWO + settings(folder, "alone"), expect=1, CUDA_VISIBLE_DEVICES="")
     assert "LaunchError: 2 processes were launched but Accelerate sees 1" in printed
@@ -379,6 +517,13 @@ def test_the_command_line_overrides_the_file_and_the_file_the_example(tmp_path: 
     assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, False, True)
     assert model.model_name_or_path == arguments.EXAMPLE_MODEL
     assert training.output_dir == "outputs/resnet-digits-px-active70"
+
+
+def test_the_schedule_has_its_own_rounds_and_is_in_the_name() -> None:
+    for more, rounds in (([], 20), (["--schedule", "gradual"], 8), (["--schedule", "gradual", "--rounds", "5"], 5)):
+        *_, prune, training = prune_finetune.parse(more)
+        assert prune.rounds == rounds
+        assert training.output_dir == "outputs/resnet-digits-px-active90" + "-gradual" * bool(more)
 
 
 def test_the_example_settings_are_for_the_embedded_digits_only() -> None:

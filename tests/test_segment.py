@@ -498,6 +498,28 @@ def test_whole_units_are_taken_out_and_a_resumed_run_takes_out_the_same(folder: 
     assert {**again, "seconds": None} == {**first, "seconds": None}
 
 
+def test_a_gradual_run_and_a_resumed_one(folder: Path) -> None:
+    more = ["--schedule", "gradual", "--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "9"]
+    more += ["--horizontal_flip", "false"]  # a batch that Trainer fetched ahead is drawn anew within an epoch
+    prune_segment.main(settings(folder, "gradual", *more))
+    out = folder / "gradual"
+    first = json.loads((out / "all_results.json").read_text())
+    weights = (out / "model.safetensors").read_bytes()
+    assert first["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert (first["schedule"], first["rounds"]) == ("gradual", 2)
+    assert first["pruned"]["test"]["mean_iou"]["value"] == pytest.approx(mean_iou_of(out), abs=1e-3)
+    resume = ["--resume_from_checkpoint", str(out / "checkpoint-3"), "--overwrite_output_dir"]  # before the last round
+    prune_segment.main(settings(folder, "gradual", *more, *resume))
+    assert (out / "model.safetensors").read_bytes() == weights
+    again = json.loads((out / "all_results.json").read_text())
+    assert {**again, "seconds": None} == {**first, "seconds": None}
+
+
+def test_the_schedule_has_its_own_rounds() -> None:
+    for more, rounds in (([], 10), (["--schedule", "gradual"], 8), (["--schedule", "gradual", "--rounds", "5"], 5)):
+        assert prune_segment.parse(more)[1].rounds == rounds
+
+
 def test_a_data_set_of_ones_own_with_classes_counted_from_its_maps(folder: Path) -> None:
     for split, count in (("train", 12), ("test", 3)):
         coded(count).to_parquet(folder / f"{split}.parquet")
@@ -561,6 +583,8 @@ def test_four_stages_that_end_with_the_last(count: int, expected: list[int]) -> 
 
 BAD_ARGUMENTS = [
     (["--sparsity", "1.0"], r"must be in \[0, 1\)"),
+    (["--schedule", "gradual", "--until", "2"], "until=2.0"),
+    (["--schedule", "gradual", "--max_steps", "1"], "rounds=2 do not fit into training"),
     (["--scoring_images", "0"], "--scoring_images must be at least 1"),
     (["--class_names_file", "no/such.json"], "Cannot read --class_names_file no/such.json"),
     (["--train_file", "no/such.parquet"], "No such file or folder"),

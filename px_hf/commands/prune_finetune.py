@@ -21,6 +21,7 @@ from ..runs.job import Job
 from ..runs.parsing import parse_groups
 from ..runs.pruning_arguments import PruneArguments
 from ..runs.pruning_run import PruningRun, size_of_smaller
+from ..runs.schedules import BeforeTraining, WhileTraining
 
 
 def main(argv: list[str]) -> None:
@@ -38,37 +39,33 @@ def prune_and_fine_tune(job: Job) -> None:
     with run.phase("Load"):
         network = job.load(run.say)
         source = job.mask_source(network, run.say)
-    with run.phase("Prune"):
-        found = run.masks(source, args.takes_out_units)
-        run.say(f"{found.kept:,} of {found.total:,} weights kept")
-        report = px.report(network, found, job.example)
-        model, masks = run.shrink(network, found, job.example) if args.takes_out_units else (network, found)
-    if args.compare_dense and "dense" not in run.record:
-        with run.phase("Fine-tune dense"):
-            run.note(dense=job.train_dense())
+    pruning = (WhileTraining if args.gradual else BeforeTraining)(run, job, network, source)
+    job.check_student(pruning.model)
+    if args.compare_dense:
+        run.train_dense(job)
     with run.phase("Fine-tune"):
-        masks.apply_(model)
-        trainer = job.trainer(model, training, [px.KeepMasks(masks)])
-        trainer.train(resume_from_checkpoint=run.checkpoint)
+        trainer = job.student(pruning.model, pruning.callbacks, run.teacher)
+        pruning.fine_tune(trainer, run.checkpoint)
+    model, masks = pruning.model, pruning.masks
     if is_main:
         with run.phase("Save"):
-            run.save(job, model, masks, source.provenance)
+            run.save(job, model, masks, pruning.provenance)
     with run.phase("Evaluate"):
-        pruned = job.evaluate(trainer, "pruned")
+        pruned = job.evaluate(trainer if model is trainer.model else job.trainer(model, training, []), "pruned")
     if not is_main:
         return
     with run.phase("Load again"):
         run.check(job, model, masks)
-    scores = job.scores(pruned, run.record.get("dense"))
+    scores, report = job.scores(pruned, run.record.get("dense")), px.report(network, pruning.found, job.example)
     size = report.to_dict() | (size_of_smaller(model, masks, job.example) if args.takes_out_units else {})
-    results = {**scores, **source.provenance, **size, "masks_sha256": masks.fingerprint(), **run.written()}
+    results = {**scores, **pruning.provenance, **size, "masks_sha256": masks.fingerprint(), **run.written()}
     write_json(run.out / "all_results.json", results)
-    plot_layer_sparsity(found, run.out / "per_layer_sparsity.png")
-    job.draw(run.out, trainer, found, results)
+    plot_layer_sparsity(pruning.found, run.out / "per_layer_sparsity.png")
+    job.draw(run.out, trainer, pruning.found, results)
     run.show(job.table(run.out, results))
     if run.repo_id:
         with run.phase("Push"):
-            run.push(job, model, masks, provenance=source.provenance, results=scores, report=report)
+            run.push(job, model, masks, provenance=pruning.provenance, results=scores, report=report)
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArguments, FineTuneArguments]:
@@ -88,10 +85,15 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
         ),
         pushes=True,
     )
+    _check_schedule(prune)
     if prune.keep_masks and prune.control != "none":
         raise px.InvalidArgumentError("--control changes masks, and --keep_masks keeps them. Leave one out.")
+    if prune.dense and prune.distill_dense:
+        raise px.InvalidArgumentError(
+            "--distill dense teaches a pruned network, and --dense prunes none. Leave one out."
+        )
     if prune.keep_masks and (prune.dense or prune.compare_dense):
-        other = "--dense" if prune.dense else "--compare_dense"
+        other = "--dense" if prune.dense else "--distill dense" if prune.distill_dense else "--compare_dense"
         raise px.InvalidArgumentError(
             f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
         )
@@ -104,3 +106,23 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
     prune.check()
     training.name_output(model=Path(model.model_name_or_path).name, data=data.short_name(), mask=prune.short_name())
     return model, data, prune, training
+
+
+def _check_schedule(prune: PruneArguments) -> None:
+    """A network that is pruned while it is fine-tuned has no masks before.
+
+    Raises:
+        InvalidArgumentError: an argument is about such masks.
+    """
+    if not prune.gradual:
+        return
+    about = {
+        "--keep_masks": (prune.keep_masks, "prunes nothing more"),
+        "--dense": (prune.dense, "prunes nothing"),
+        f"--control {prune.control}": (prune.control != "none", "changes masks that are found before training"),
+    }
+    for argument, (given, what) in about.items():
+        if given:
+            raise px.InvalidArgumentError(
+                f"{argument} {what}, and --schedule {prune.schedule} prunes while it trains. Leave one out."
+            )

@@ -13,6 +13,7 @@ import px_hf as px
 from ..distributed import processes
 from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, one_thread
 from ..runs.parsing import parse_groups
+from ..runs.pruning_arguments import ONE_SHOT
 from ..runs.segmentation_job import SegmentArguments, SegmentationJob
 from .prune_finetune import prune_and_fine_tune
 
@@ -49,7 +50,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, SegmentArguments, FineTu
         (ModelArguments, SegmentArguments, FineTuneArguments),
         "accelerate launch recipes/prune_segment.py [--config file.yaml] [--name value ...]",
         lambda named: (
-            {"output_dir": "outputs/{model}-segment"} | ({} if named.dataset_name or named.train_file else EXAMPLE)
+            {"output_dir": "outputs/{model}-segment"}
+            | ({} if named.dataset_name or named.train_file else EXAMPLE)
+            | ({"rounds": None} if named.schedule != ONE_SHOT else {})  # the default of that schedule
         ),
     )
     args.check()

@@ -11,14 +11,11 @@ from typing import Any
 import px_hf as px
 
 from ..controls import CONTROLS
-from ..gradual import ROUNDS, UNTIL, check_until
+from ..gradual import ROUNDS, SCHEDULES, UNTIL, check_until
 from ..scopes import as_scope
 
 DENSE = "dense"
 """The name of no method: nothing is pruned."""
-
-SCHEDULES = ("one-shot", "gradual")
-"""Pruned before fine-tuning, or in rounds during its first part."""
 
 _COLON = re.compile(r":(?!\d|uniform)")
 """Between settings. The colons inside scope=2:4 and scope=structured:uniform divide nothing."""

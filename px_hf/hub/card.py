@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..downstream.page import markdown, model_index
 from ..errors import InvalidArgumentError, listed
+from ..gradual import SCHEDULES
 from ..masks_file import MASKS_FILE
 from ..report import Report
 
@@ -168,9 +169,20 @@ def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
     if _control(px):
         by += f" and then, as a control, changed ({_text(_control(px))})"
     return (
-        f"{', '.join(facts)}. **{100 * px['sparsity']:.4g} %** of its prunable weights were pruned{by} with px_hf: "
-        f"{px['weights_kept']:,} of {px['weights']:,} are left, the rest are exact zeros."
+        f"{', '.join(facts)}. **{100 * px['sparsity']:.4g} %** of its prunable weights were pruned{by} with px_hf"
+        f"{_while_training(px)}: {px['weights_kept']:,} of {px['weights']:,} are left, the rest are exact zeros."
     )
+
+
+def _while_training(px: Mapping[str, Any]) -> str:
+    """When a network was pruned that was not pruned before it was fine-tuned."""
+    if px.get("schedule") != SCHEDULES[1]:
+        return ""
+    rounds, until = px.get("rounds"), px.get("until")
+    when = f" in {rounds} rounds" if rounds else " in rounds"
+    when += f" over the first {100 * until:.4g} % of its training" if until else ""
+    early = ", the last of which its training did not reach" if px.get("ended_early") else ""
+    return f", while it was fine-tuned,{when}{early}"
 
 
 def _segments(config: Mapping[str, Any]) -> bool:
@@ -200,17 +212,21 @@ def _costs(report: Report) -> list[tuple[str, str, str]]:
 
 def _settings(px: Mapping[str, Any]) -> list[tuple[str, str]]:
     calibration = px.get("calibration") or {}
-    base, revision = px.get("base_model"), px.get("base_revision")
+    base, revision, teacher = px.get("base_model"), px.get("base_revision"), px.get("distilled_from")
     known: list[tuple[str, Any]] = [
         ("control", _control(px)),
         ("masks of", px.get("masks_from")),
         ("sparsity", f"{100 * px['sparsity']:.6g} %"),
         ("rounds", px.get("rounds")),
+        ("schedule", px.get("schedule")),
+        ("last round after this share of training", px.get("until")),
+        ("training ended before the last round", {True: "yes"}.get(px.get("ended_early"))),  # type: ignore[arg-type]
         ("scope", px.get("scope")),
         ("least density of a layer", px.get("min_layer_density") or None),
         ("classifier head", {True: "pruned", False: "dense"}.get(px.get("prune_head"))),  # type: ignore[arg-type]
         ("calibration images", _calibration(calibration) if calibration else None),
         ("their SHA-256", calibration.get("sha256")),
+        ("learnt from", {"dense": "the same network, fine-tuned dense"}.get(str(teacher), teacher)),
         ("seed", px.get("seed")),
         ("base model", f"{base}, revision {revision}" if base and revision else base),
         ("SHA-256 of the masks", px["masks_sha256"]),

@@ -155,7 +155,7 @@ def _save_dense(model: nn.Module, state: Mapping[str, Tensor], folder: Path, max
 
 OF_MASKS = (
     *("criterion", "sparsity_asked", "rounds", "scope", "min_layer_density", "prune_head", "calibration"),
-    *("control", "base_model", "base_revision", "masks_from"),
+    *("control", "base_model", "base_revision", "masks_from", "schedule", "until", "ended_early"),
 )
 """Provenance that stays true while the masks are the same, whatever the weights learn."""
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
@@ -24,14 +25,17 @@ import px_hf as px
 from ..controls import apply_control_
 from ..data import Augment, CalibrationSet, ClassificationTask, Split, calibration_set
 from ..data.embedded.characters import digits
+from ..model.modes import evaluating
 from ..plots import plot_training
 from ..scopes import as_scope
+from ..trainer.distillation_trainer import require_same_classes
 from .arguments import DataArguments, FineTuneArguments
 from .backbone import load_model, load_processor
 from .classifier_trainer import make_trainer
 from .console import ClosingTable
 from .job import Job, MaskSource, Say, Scores
 from .pruning_arguments import PruneArguments
+from .saved_model import load as load_teacher
 from .sparse_backbone import is_sparse, kept_masks
 
 
@@ -71,9 +75,27 @@ class ClassificationJob(Job):
     def load(self, say: Say) -> PreTrainedModel:
         counts = [f"{len(split):,} {name} images" for name, split in self.splits.items()]
         model = self.network()
+        if self.teacher is not None:
+            require_same_classes(model, self.teacher)
         say(f"{self.model_args.model_name_or_path}: {model.num_parameters():,} parameters")
         say(f"{', '.join(counts)}, {len(self.task.labels)} classes")
         return model
+
+    @cached_property
+    def teacher(self) -> nn.Module | None:
+        """The model that `--distill` names, if that is not the dense network of the run.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+        """
+        name = self.prune_args.distill
+        if name is None or self.learns_from_dense:
+            return None
+        return load_teacher(name, self.model_args.trust_remote_code)
+
+    @property
+    def learns_from_dense(self) -> bool:
+        return self.prune_args.distill_dense
 
     def network(self) -> PreTrainedModel:
         return load_model(self.model_args, self.task.labels, self.training)
@@ -87,6 +109,8 @@ class ClassificationJob(Job):
             "dataset_id": self.data_args.hub_id(),
             "seed": training.seed,
         }
+        if args.distill is not None:
+            told["distilled_from"] = Path(args.distill).name if Path(args.distill).is_dir() else args.distill
         if args.keep_masks:
             masks, how = kept_masks(self.model_args, model)
             return MaskSource(told | how, lambda: masks)
@@ -98,7 +122,7 @@ class ClassificationJob(Job):
             found = args.find_masks(model, batches, args.sparsity, progress=not training.disable_tqdm)
             return apply_control_(args.control, model, found, training.seed)
 
-        return MaskSource(told | args.describe() | {"calibration": batches.describe()}, find)
+        return MaskSource(told | args.describe() | {"calibration": batches.describe()}, find, batches)
 
     def calibration(self) -> CalibrationSet:
         """The training images that weights are scored on, without augmentation."""
@@ -113,6 +137,36 @@ class ClassificationJob(Job):
 
     def trainer(self, model: nn.Module, training: FineTuneArguments, callbacks: list[TrainerCallback]) -> Trainer:
         return make_trainer(model, self.splits, training, self.processor, callbacks)
+
+    def check_student(self, model: nn.Module) -> None:
+        """Find out before anything is trained whether logits and hidden states of the teacher fit the student's.
+
+        Raises:
+            TargetError: they do not, or the teacher does not take the images of the student.
+        """
+        args = self.prune_args
+        if self.teacher is None and not (self.learns_from_dense and args.distill_hidden):
+            return
+        distillation = args.distillation(self.network() if self.teacher is None else self.teacher)
+        distillation.teacher.to(self.training.device)
+        inputs = {"pixel_values": self.example.to(self.training.device)}
+        with evaluating(model), torch.no_grad():
+            outputs = model(**inputs, **({"output_hidden_states": True} if distillation.beta else {}))
+        try:
+            distillation.lesson(outputs, inputs)
+        except (ValueError, RuntimeError, TypeError) as error:
+            if isinstance(error, px.PxError):
+                raise
+            raise px.TargetError(
+                f"The teacher {args.distill} cannot take the images of the model, "
+                f"{list(self.example.shape)}: {error}. It must be one for the same size of images."
+            ) from error
+
+    def student(self, model: nn.Module, callbacks: list[TrainerCallback], dense: Path | None) -> Trainer:
+        """With the teacher that `--distill` asks for."""
+        teacher = self.stock(dense) if dense is not None else self.teacher
+        distillation = None if teacher is None else self.prune_args.distillation(teacher)
+        return make_trainer(model, self.splits, self.training, self.processor, callbacks, distillation)
 
     def evaluate(self, trainer: Trainer, name: str) -> dict[str, float]:
         """Loss and accuracy on the validation split and, where there is one, the test split."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import evaluate
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import BaseImageProcessor, EvalPrediction, Trainer, TrainerCallback
+
+import px_hf as px
 
 from ..data import Split
 from ..metrics import metric_path
@@ -22,8 +25,13 @@ def make_trainer(
     training: FineTuneArguments,
     processor: BaseImageProcessor | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    distillation: px.Distillation | None = None,
 ) -> Trainer:
-    """A Trainer on the splits train and validation of `data`, which reports accuracy without the network."""
+    """A Trainer on the splits train and validation of `data`, which reports accuracy without the network.
+
+    Raises:
+        TargetError: the teacher of `distillation` has other classes.
+    """
     accuracy = evaluate.load(metric_path("accuracy"), keep_in_memory=True)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
@@ -36,7 +44,8 @@ def make_trainer(
         predicted = logits_of(prediction.predictions).argmax(-1)
         return accuracy.compute(predictions=predicted, references=prediction.label_ids)
 
-    return Trainer(
+    made = Trainer if distillation is None else partial(px.DistillationTrainer, distillation=distillation)
+    return made(
         model,
         training,
         train_dataset=data["train"],

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 import px_hf as px
 
-from ..atomic import whole
+from ..atomic import remove, whole
 from ..masks_file import MASKS_FILE
 
 FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -21,8 +21,14 @@ FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 RUN_FILE = "run.json"
 """The settings that masks depend on and, once known, the dense results: what a resumed run must know."""
 
+OPTIONAL = ("schedule", "distilled_from")
+"""Settings that are told only where they apply: a run that tells one is not resumed without it."""
+
 UNITS_FILE = "units.safetensors"
 """The masks by which units were taken out, of the model as it was: a resumed run takes out the same ones."""
+
+TEACHER_FOLDER = "teacher"
+"""The dense network of the run, if the pruned one learns from it: a resumed run need not train it again."""
 
 
 def has_structure(out: Path) -> bool:
@@ -74,10 +80,11 @@ def claim(out: Path, overwrite: bool, checkpoint: str | None) -> None:
 def begin(out: Path, run: Mapping[str, Any]) -> None:
     """Starts a new run in `out`: its record is written, and checkpoints of an overwritten run are removed.
 
-    A later resume would take those for its own.
+    A later resume would take those for its own, and its teacher.
     """
     for folder in _checkpoints(out):
         shutil.rmtree(folder)
+    remove(out / TEACHER_FOLDER)
     write_json(out / RUN_FILE, run)
 
 
@@ -93,7 +100,9 @@ def check_same_run(checkpoint: str, provenance: Mapping[str, Any]) -> dict[str, 
     run: dict[str, Any] = json.loads(file.read_text())
     known = run["provenance"]
     differing = [
-        f"{key}: {known.get(key)} then, {value} now" for key, value in provenance.items() if known.get(key) != value
+        f"{key}: {known.get(key)} then, {provenance.get(key)} now"
+        for key in [*provenance, *(key for key in OPTIONAL if key not in provenance)]
+        if known.get(key) != provenance.get(key)
     ]
     if differing:
         raise px.InvalidArgumentError(

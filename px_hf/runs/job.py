@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -19,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 import px_hf as px
 
 from ..data import Preprocess
+from ..model.inputs import Batches
 from .arguments import FineTuneArguments, ModelArguments
 from .pruning_arguments import SparsityArguments
 
@@ -28,10 +30,14 @@ Scores = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MaskSource:
-    """How the masks of a run are found, and all that they depend on, as JSON can say it."""
+    """How the masks of a run are found, and all that they depend on, as JSON can say it.
+
+    `find` finds them before training; `batches` is what the network is scored on.
+    """
 
     provenance: dict[str, Any]
     find: Callable[[], px.Masks]
+    batches: Batches = ()
 
 
 @dataclass(eq=False)
@@ -101,10 +107,30 @@ class Job(ABC):
     def table(self, out: Path, results: Mapping[str, Any]) -> Table:
         """The closing table, of what is in all_results.json."""
 
-    def train_dense(self) -> dict[str, Any]:
-        """The scores of the unpruned network after the same training."""
-        unsaved = copy.copy(self.training)
+    @property
+    def learns_from_dense(self) -> bool:
+        """Whether the dense network of the run is the teacher of the pruned one."""
+        return False
+
+    def check_student(self, model: nn.Module) -> None:
+        """Find out before anything is trained whether a teacher fits the pruned network, if there is one."""
+        return
+
+    def student(self, model: nn.Module, callbacks: list[TrainerCallback], dense: Path | None) -> Trainer:
+        """The Trainer of the pruned network; `dense` holds the teacher if that is the dense network of the run."""
+        return self.trainer(model, self.training, callbacks)
+
+    def train_dense(self) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The unpruned network after the same training, and its scores."""
+        unsaved, network = copy.copy(self.training), self.network()
         unsaved.save_strategy = SaveStrategy.NO
-        trainer = self.trainer(self.network(), unsaved, [])
+        trainer = self.trainer(network, unsaved, [])
         trainer.train()
-        return self.evaluate(trainer, "dense")
+        return network, self.evaluate(trainer, "dense")
+
+    def steps(self, model: nn.Module) -> int:
+        """How many steps of the optimizer the training of `model` takes."""
+        elsewhere = copy.copy(self.training)
+        with TemporaryDirectory() as elsewhere.output_dir:  # Trainer makes its folder at once
+            trainer = self.trainer(model, elsewhere, [])
+            return trainer.set_initial_training_values(elsewhere, trainer.get_train_dataloader())[-1]

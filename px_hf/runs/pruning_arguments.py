@@ -10,8 +10,18 @@ from torch import nn
 import px_hf as px
 
 from ..controls import CONTROLS
+from ..distillation import Distillation
+from ..gradual import ROUNDS as GRADUAL_ROUNDS
+from ..gradual import SCHEDULES, UNTIL, check_until
 from ..model.inputs import Batches
 from ..scopes import as_scope, check_sparsity
+
+ONE_SHOT = SCHEDULES[0]
+ROUNDS = 20
+"""By default, before training."""
+
+TEACHER_DENSE = "dense"
+"""As `--distill`: the dense network of the same run."""
 
 
 @dataclass
@@ -24,7 +34,9 @@ class ScoringArguments:
     power: float | None = field(
         default=None, metadata={"help": "Exponent of the path flow in the px criteria: 1 = the paper, 0 = magnitude."}
     )
-    rounds: int = field(default=20, metadata={"help": "Rounds of scoring and pruning. The paper uses 100."})
+    rounds: int | None = field(
+        default=None, metadata={"help": f"Rounds of scoring and pruning. Default: {ROUNDS}. The paper uses 100."}
+    )
     scope: str | None = field(
         default=None,
         metadata={
@@ -48,6 +60,12 @@ class ScoringArguments:
     def __post_init__(self) -> None:
         if self.scope is not None:
             as_scope(self.scope)
+        if self.rounds is None:
+            self.rounds = self.default_rounds()
+
+    def default_rounds(self) -> int:
+        """How many rounds there are where nobody says it."""
+        return ROUNDS
 
     @property
     def takes_out_units(self) -> bool:
@@ -70,40 +88,82 @@ class ScoringArguments:
     def find_masks(self, model: nn.Module, batches: Batches, sparsity: float, progress: bool) -> px.Masks:
         """Those that `px.prune` finds with these settings."""
         return px.prune(
-            model,
-            batches,
-            self.criterion_object(),
-            sparsity=sparsity,
-            rounds=self.rounds,
-            scope=self.scope,
-            prune_head=self.prune_head,
-            min_layer_density=self.min_layer_density,
-            progress=progress,
+            model, batches, self.criterion_object(), sparsity=sparsity, progress=progress, **self._settings()
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """What `px.prune` and `px.GradualPruning` are both told."""
+        return {
+            "rounds": self.rounds,
+            "scope": self.scope,
+            "prune_head": self.prune_head,
+            "min_layer_density": self.min_layer_density,
+        }
 
 
 @dataclass
 class SparsityArguments(ScoringArguments):
-    """How far one network is pruned, and whether the unpruned one is trained beside it."""
+    """How far one network is pruned and when, and whether the unpruned one is trained beside it."""
 
+    rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Rounds of scoring and pruning. Default: {ROUNDS}, with --schedule gradual {GRADUAL_ROUNDS}. The "
+            "paper uses 100."
+        },
+    )
+    schedule: str = field(
+        default=ONE_SHOT,
+        metadata={
+            "help": "Prune before fine-tuning, or gradually: in rounds during its first part, which is better at high "
+            "sparsity.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    until: float = field(
+        default=UNTIL,
+        metadata={"help": "With --schedule gradual: the share of the training steps after which the last round is."},
+    )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     compare_dense: bool = field(
         default=False,
         metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
     )
 
+    @property
+    def gradual(self) -> bool:
+        """Whether the network is pruned while it is fine-tuned."""
+        return self.schedule != ONE_SHOT
+
+    def default_rounds(self) -> int:
+        return GRADUAL_ROUNDS if self.gradual else ROUNDS
+
     def check(self) -> None:
         """Find out before any work what `px.prune` would refuse.
 
         Raises:
-            InvalidArgumentError: a sparsity or a setting of the criterion outside its range.
+            InvalidArgumentError: a sparsity or a setting of the criterion or the schedule outside its range.
         """
         check_sparsity(self.sparsity)
+        check_until(self.until)
+        if self.until != UNTIL and not self.gradual:
+            raise px.InvalidArgumentError("--until says when --schedule gradual ends. Pass that too, or leave it out.")
         self.criterion_object()
+
+    def gradual_pruning(self, batches: Batches) -> px.GradualPruning:
+        """The callback that prunes with these settings while Trainer trains.
+
+        Raises:
+            InvalidArgumentError: a setting outside its range.
+        """
+        return px.GradualPruning(
+            self.criterion_object(), batches, sparsity=self.sparsity, until=self.until, **self._settings()
+        )
 
     def describe(self) -> dict[str, Any]:
         """The settings that the masks depend on, as JSON can say them."""
-        return {
+        schedule = {"schedule": self.schedule, "until": self.until} if self.gradual else {}
+        return schedule | {
             "criterion": repr(self.criterion_object()),
             "sparsity_asked": self.sparsity,
             "rounds": self.rounds,
@@ -130,6 +190,52 @@ class PruneArguments(SparsityArguments):
         },
     )
     dense: bool = field(default=False, metadata={"help": "Prune nothing: train the ceiling to compare with."})
+    distill: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learn from a teacher as well: 'dense', the network that --compare_dense trains, or a folder or a "
+            "Hub id of a model for the same classes."
+        },
+    )
+    distill_alpha: float = field(
+        default=Distillation.alpha,
+        metadata={"help": "With --distill: the weight of the teacher's logits, in [0, 1]; the labels have the rest."},
+    )
+    distill_temperature: float = field(
+        default=Distillation.temperature, metadata={"help": "With --distill: what both logits are divided by, > 0."}
+    )
+    distill_hidden: float = field(
+        default=Distillation.beta,
+        metadata={
+            "help": "With --distill: the weight of the hidden states, 0 for none; for a teacher of the same shape."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.compare_dense = self.compare_dense or self.distill_dense
+
+    @property
+    def distill_dense(self) -> bool:
+        """Whether the teacher is the dense network of the same run."""
+        return self.distill == TEACHER_DENSE
+
+    def distillation(self, teacher: nn.Module) -> Distillation:
+        """What to learn from that teacher.
+
+        Raises:
+            InvalidArgumentError: a weight or a temperature outside its range.
+        """
+        return Distillation(
+            teacher, alpha=self.distill_alpha, temperature=self.distill_temperature, beta=self.distill_hidden
+        )
+
+    def check(self) -> None:
+        super().check()
+        self.distillation(nn.Identity())  # the settings, before any teacher is there
+        chosen = (self.distill_alpha, self.distill_temperature, self.distill_hidden)
+        if self.distill is None and chosen != (Distillation.alpha, Distillation.temperature, Distillation.beta):
+            raise px.InvalidArgumentError("--distill_alpha, --distill_temperature, --distill_hidden need --distill.")
 
     @property
     def takes_out_units(self) -> bool:
@@ -141,6 +247,7 @@ class PruneArguments(SparsityArguments):
             return "kept" if self.keep_masks else "dense"
         name = f"{self.criterion}{100 * self.sparsity:g}"
         name += f"-{self.scope}".replace(":", "-") if self.takes_out_units else ""
+        name += f"-{self.schedule}" if self.gradual else ""
         return name if self.control == "none" else f"{name}-{self.control}"
 
     def describe(self) -> dict[str, Any]:

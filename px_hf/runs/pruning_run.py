@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedModel
 
 import px_hf as px
 
+from ..atomic import whole
 from ..data import Preprocess
-from ..distributed import processes
+from ..distributed import on_main, processes
 from ..downstream.attached import is_about
 from ..downstream.page import read_results
 from .arguments import FineTuneArguments
 from .console import Phases
-from .folder import RUN_FILE, UNITS_FILE, begin, check_same_run, claim, find_checkpoint, has_structure, write_json
+from .folder import (
+    RUN_FILE,
+    TEACHER_FOLDER,
+    UNITS_FILE,
+    begin,
+    check_same_run,
+    claim,
+    find_checkpoint,
+    has_structure,
+    write_json,
+)
 from .job import Job, MaskSource
 from .publishing import claim_repository, publish
 
@@ -30,6 +42,7 @@ class PruningRun:
     """Where a run writes and where it stands.
 
     `repo_id` is the repository that the finished model is pushed to, or None. `record` is what run.json holds.
+    `teacher` is the folder of the dense network if it was saved for the pruned one to learn from.
     """
 
     out: Path
@@ -37,6 +50,7 @@ class PruningRun:
     repo_id: str | None
     phase: Phases
     record: dict[str, Any] = field(default_factory=dict)
+    teacher: Path | None = None
 
     @classmethod
     def claim(cls, training: FineTuneArguments) -> PruningRun:
@@ -67,18 +81,31 @@ class PruningRun:
             InvalidArgumentError: the checkpoint is of a run with other settings.
         """
         if self.checkpoint:
-            self.record = check_same_run(self.checkpoint, source.provenance)
+            self.begin(source)
             self.say(f"the masks of {self.checkpoint}")
             if units:
                 return px.Masks.load(Path(self.checkpoint).parent / UNITS_FILE)
             return px.Masks.from_pretrained(self.checkpoint)
         masks = source.find()
+        self.begin(source)
+        if units and processes().is_main:
+            masks.save(self.out / UNITS_FILE)
+        return masks
+
+    def begin(self, source: MaskSource) -> None:
+        """Begin in the folder, or take up the record of the run that is resumed.
+
+        Raises:
+            InvalidArgumentError: the checkpoint is of a run with other settings.
+        """
+        if self.checkpoint:
+            self.record = check_same_run(self.checkpoint, source.provenance)
+            folder = Path(self.checkpoint).parent / TEACHER_FOLDER
+            self.teacher = folder if "teacher" in self.record and folder.is_dir() else None
+            return
         self.record = {"provenance": source.provenance}
         if processes().is_main:
             begin(self.out, self.record)
-            if units:
-                masks.save(self.out / UNITS_FILE)
-        return masks
 
     def shrink(self, network: nn.Module, found: px.Masks, example: Tensor) -> tuple[nn.Module, px.Masks]:
         """The smaller network that is left without the units that `found` prunes, and its masks."""
@@ -86,6 +113,18 @@ class PruningRun:
         parameters = sum(parameter.numel() for parameter in small.parameters())
         self.say(f"whole units are taken out: {parameters:,} parameters are left")
         return small, masks
+
+    def train_dense(self, job: Job) -> None:
+        """Train the unpruned network, unless the run that is resumed has done so, and save it if it is to teach."""
+        if "dense" in self.record and (self.teacher is not None or not job.learns_from_dense):
+            return
+        with self.phase("Fine-tune dense"):
+            network, scores = job.train_dense()
+            if job.learns_from_dense:
+                self.teacher = self.out / TEACHER_FOLDER
+                on_main(partial(_save_stock, network, self.teacher))
+                self.record["teacher"] = TEACHER_FOLDER
+            self.note(dense=scores)
 
     def note(self, **found: Any) -> None:
         """Record what a resumed run need not find again."""
@@ -159,6 +198,12 @@ class PruningRun:
                 "command with --resume_from_checkpoint true --overwrite_output_dir."
             ) from error
         self.say(address)
+
+
+def _save_stock(model: PreTrainedModel, folder: Path) -> None:
+    """As transformers saves it; the folder is whole or absent."""
+    with whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
 
 
 def size_of_smaller(model: nn.Module, masks: px.Masks, example: Tensor) -> dict[str, Any]:

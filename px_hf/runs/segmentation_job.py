@@ -172,7 +172,7 @@ class SegmentationJob(Job):
         def find() -> px.Masks:
             return args.find_masks(model, batches, args.sparsity, progress=not training.disable_tqdm)
 
-        return MaskSource(provenance, find)
+        return MaskSource(provenance, find, batches)
 
     def trainer(self, model: nn.Module, training: FineTuneArguments, callbacks: list[TrainerCallback]) -> Trainer:
         train = self.task.train.augmented(self.prune_args.random_crop, self.prune_args.horizontal_flip)

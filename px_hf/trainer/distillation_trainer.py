@@ -5,6 +5,8 @@
 Trainer adds up the losses of micro-batches and averages gradients over processes. Where it knows how many labels all
 of them have together, M, and a micro-batch has m of them, a mean over the micro-batch counts m/M, times the number of
 processes if M is a sum over these, since averaging divides by it. Else Trainer divides by the accumulation steps.
+
+A `compute_loss_func` of the task is told M, as by Trainer, and is to divide by it: its loss counts as it is.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class DistillationTrainer(Trainer):
             )
         super().__init__(*args, **kwargs)
         assert self.model is not None
-        _require_same_classes(unwrap(self.model), unwrap(distillation.teacher))
+        require_same_classes(unwrap(self.model), unwrap(distillation.teacher))
         self.distillation = distillation
         distillation.teacher.to(self.args.device)
 
@@ -64,17 +66,19 @@ class DistillationTrainer(Trainer):
         given = dict(inputs)
         if self.distillation.beta:
             given["output_hidden_states"] = True
-        # Without the number of items every model's loss is a mean over the micro-batch.
-        task, outputs = super().compute_loss(model, given, return_outputs=True)
+        # Without the number of items every model's loss is a mean over the micro-batch; a function wants it.
+        scaled = self.compute_loss_func is not None
+        items = num_items_in_batch if scaled else None
+        task, outputs = super().compute_loss(model, given, return_outputs=True, num_items_in_batch=items)
         with self.accelerator.autocast():  # which Accelerate turns on inside the model alone
-            loss = self.distillation.loss(task, outputs, inputs)
-        loss = loss * share
+            lesson = self.distillation.lesson(outputs, inputs)
+        loss = (1 - self.distillation.alpha) * (task if scaled else task * share) + lesson * share
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, inputs: dict[str, Any], items: Tensor | int | None) -> Tensor | float:
         """What a mean over this micro-batch counts in the loss that Trainer adds up."""
-        if items is None:
-            return 1.0
+        if items is None:  # Trainer divides by the accumulation steps, unless there is a function to do so
+            return 1.0 if self.compute_loss_func is None else 1 / self.current_gradient_accumulation_steps
         items = items.flatten()[0] if isinstance(items, Tensor) else items
         here = inputs["labels"].ne(-100).sum()
         if not self.args.average_tokens_across_devices:
@@ -82,7 +86,13 @@ class DistillationTrainer(Trainer):
         return here / items * self.accelerator.num_processes
 
 
-def _require_same_classes(student: nn.Module, teacher: nn.Module) -> None:
+def require_same_classes(student: nn.Module, teacher: nn.Module) -> None:
+    """By the names in their configs, as far as there are any.
+
+    Raises:
+        InvalidArgumentError: they are one and the same module.
+        TargetError: they have other classes.
+    """
     if student is teacher:
         raise InvalidArgumentError(
             "the teacher is the model that trains. Expected another one: load the network a second time, or "

@@ -48,7 +48,7 @@ class GradualPruning(TrainerCallback):
 
     Schedule, rounds and what training sees of them are those of `px.gradual_pruning`. As with `KeepMasks`, each
     checkpoint holds the masks of its step as `masks.safetensors`, and what Trainer pushes gets the compact copy,
-    with the sparsity that was reached by then.
+    with the sparsity that was reached by then. What Trainer logs of the training has a "sparsity".
 
     Resuming from any checkpoint gives the run that was not interrupted. Settings other than the checkpoint's, masks
     that cannot be found, or weights where they have zeros raise CheckpointError before the first step.
@@ -98,6 +98,7 @@ class GradualPruning(TrainerCallback):
         self._pruner: GradualPruner | None = None
         self._masks: Masks | None = None
         self._finished = False
+        self._made = 0
 
     @property
     def masks(self) -> Masks:
@@ -117,6 +118,16 @@ class GradualPruning(TrainerCallback):
         """Whether the last round has been made."""
         return self._finished
 
+    @property
+    def rounds_made(self) -> int:
+        """How many rounds have been made, those before a resumed checkpoint included."""
+        return self._made
+
+    @property
+    def rounds(self) -> int:
+        """T, how many rounds there are to be."""
+        return int(self._settings["rounds"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -125,7 +136,7 @@ class GradualPruning(TrainerCallback):
             self._pruner.release()
         model = kwargs["model"]
         saved = self._saved(args, state, model) if state.global_step > 0 else None
-        self._masks, self._finished = None, False
+        self._masks, self._finished, self._made = None, False, 0
         self._pruner = GradualPruner(
             kwargs["optimizer"], model, self._batches, self._criterion, total_steps=state.max_steps, state=saved,
             count_steps=False, **self._settings,
@@ -139,6 +150,20 @@ class GradualPruning(TrainerCallback):
             self._record(state)
             if self._finished:
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or self._masks is None:  # not of the training
+            return
+        logs["sparsity"] = self._masks.sparsity
+        if state.log_history:  # of which Trainer has made a copy before
+            state.log_history[-1]["sparsity"] = self._masks.sparsity
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = save_in_checkpoint(args, state, kwargs["model"], self.masks)
@@ -174,6 +199,7 @@ class GradualPruning(TrainerCallback):
         assert self._pruner is not None
         self._masks, self._finished = self._pruner.masks, self._pruner.finished
         saved = self._pruner.state_dict()
+        self._made = saved["rounds"]
         records = cast(dict[str, Any], state.stateful_callbacks)  # annotated as the list it is made from
         records[_RECORD] = {
             "settings": saved["settings"],
