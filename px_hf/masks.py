@@ -130,7 +130,7 @@ class Masks(Mapping[str, Tensor]):
     def match(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of `model` that the masks speak about, in the order of the masks.
 
-        Wrappers by DataParallel, DistributedDataParallel and torch.compile are looked through, and a
+        Wrappers by DataParallel, DistributedDataParallel, torch.compile and peft are looked through, and a
         parameter with several names (tied weights) is found under each of them.
 
         Raises:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import TargetError
+from .adapters import added_modules
 from .wrappers import named_parameters, unwrap
 
 PRUNABLE_LAYERS: Final = (
@@ -88,8 +89,8 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
     order.
 
     Weights of convolutions and linear layers; biases, norms, embeddings (the patch embedding too) and
-    class tokens never. The classifier head, which is freshly initialised in transfer learning, is left
-    out unless ``prune_head``.
+    class tokens never, nor what peft has added. The classifier head, which is freshly initialised in
+    transfer learning, is left out unless ``prune_head``.
 
     Raises:
         TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded.
@@ -97,7 +98,7 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
     model = unwrap(model)
     _require_whole(model)
     left_out: set[nn.Module] = set() if prune_head else head_modules(model)
-    left_out |= patch_embedding(model)
+    left_out |= patch_embedding(model) | added_modules(model)
     chosen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, PRUNABLE_LAYERS) and module not in left_out:
