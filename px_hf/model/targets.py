@@ -35,6 +35,7 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     1. What timm's ``get_classifier()`` returns, also inside transformers' ``TimmWrapper``.
     2. In a transformers model: all that lies outside ``base_model``.
     3. Otherwise an attribute of the model itself with one of `HEAD_NAMES`, if there is one.
+    4. Otherwise, if all parameters lie in one submodule, as in a LightningModule around a model, the head of that.
     """
     model = unwrap(model)
     for owner in (model, getattr(model, "timm_model", None)):
@@ -46,9 +47,19 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     base: Any = getattr(model, "base_model", model)
     if isinstance(base, nn.Module) and base is not model:
         return set(model.modules()) - set(base.modules()) - {model}
-    return {
+    found = {
         m for name in HEAD_NAMES if isinstance(head := getattr(model, name, None), nn.Module) for m in head.modules()
     }
+    only = _only_part(model)
+    return head_modules(only) if not found and only is not None else found
+
+
+def _only_part(model: nn.Module) -> nn.Module | None:
+    """The submodule that holds all parameters of a model."""
+    if next(model.parameters(recurse=False), None) is not None:
+        return None
+    parts = [part for part in model.children() if next(part.parameters(), None) is not None]
+    return parts[0] if len(parts) == 1 else None
 
 
 def patch_embedding(model: nn.Module) -> set[nn.Module]:
