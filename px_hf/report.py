@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .masks import Masks
 from .model.adapters import adapters_off, added_modules
 from .model.example import default_example
-from .model.inputs import Inputs, inputs_of, run
+from .model.inputs import Inputs, call, inputs_of
 from .model.modes import evaluating
 from .model.wrappers import unwrap
 
@@ -237,7 +237,7 @@ def _count_flops(model: nn.Module, inputs: Inputs) -> _Flops:
             torch.backends.mha.set_fastpath_enabled(False)
             # So is that of attention on a CPU, in some versions of torch; two matrix products are counted in all.
             with sdpa_kernel(SDPBackend.MATH), counter:
-                run(model, inputs)
+                call(model, inputs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused_attention)
     return {"Global": {}, **counter.get_flop_counts()}
