@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..model.adapters import adapters_off
 from ..model.inputs import Batches
+from ..model.modes import device_of, full_precision
 from ..model.wrappers import unwrap
 from ..scoring.given import Given
 from ..scoring.masking import masked
@@ -54,7 +55,7 @@ class Criterion:
         masks: Mapping[str, Tensor] | None = None,
         prune_head: bool = False,
     ) -> dict[str, Tensor]:
-        """Score every prunable weight of ``model``, which is left untouched.
+        """Score every prunable weight of ``model``, which is left untouched, in its own dtype whatever autocast is on.
 
         Args:
             model: any module whose output is a tensor [N, K] or has ``.logits``, also inside
@@ -69,7 +70,7 @@ class Criterion:
             Name of the parameter (of the model outside wrappers) -> scores of its shape, non-negative, finite.
         """
         given = Given(unwrap(model), batches, masks or {}, prune_head)
-        with adapters_off(given.model):
+        with adapters_off(given.model), full_precision(device_of(given.model)):
             scores = dict(self.formula(given))
         for name in scores.keys() & given.masks.keys():  # one after the other: they are as large as the model
             scores[name] = masked(scores[name], given.masks[name])
