@@ -99,21 +99,20 @@ class LoraMasking:
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
         names = {weight: name for name, weight in masks.match(model).items()}
-        found = {
-            path: (layer, names[weight])
-            for path, layer in adapted_layers(model).items()
-            if (weight := _weight(layer)) in names
-        }
-        if not found:
+        layers = adapted_layers(model)
+        apart = {path: layer for path, layer in layers.items() if isinstance(layer.base_layer, nn.MultiheadAttention)}
+        found = {path: layer for path, layer in layers.items() if _weight(layer) in names}
+        if not found and not apart:
             raise TargetError(
                 "none of the layers with an adapter is masked, so there is nothing to do: merging them leaves no zero "
                 "filled. Check target_modules of the LoraConfig if they should be."
             )
-        _require_plain({path: layer for path, (layer, _) in found.items()})
+        _require_plain({**apart, **found})
         masks.apply_(model)
         self._layers: list[Any] = []
-        for layer, name in found.values():
-            layer.register_buffer("px_mask", masks[name].to(_weight(layer).device), persistent=False)
+        for layer in found.values():
+            weight = _weight(layer)
+            layer.register_buffer("px_mask", masks[names[weight]].to(weight.device), persistent=False)
             layer.__class__ = _masked_class(type(layer))
             self._layers.append(layer)
 

@@ -51,7 +51,7 @@ def prune(
         model: any module whose output is a tensor [N, K] or has ``.logits``. A ``PeftModel`` is pruned as the model
             that it was made of, without its adapters.
         batches: re-iterable of calibration batches: tensors [N, C, H, W], pairs (images, labels), or
-            mappings with ``pixel_values`` and, where the criterion needs them, ``labels``.
+            mappings with ``pixel_values`` and, where the criterion needs them, ``labels`` or ``label``.
         criterion: what to score by, for example ``PX()``, ``Magnitude()``.
         sparsity: fraction of the prunable weights to prune, in [0, 1).
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.

@@ -157,6 +157,34 @@ def test_shrinking_and_saving_need_the_plain_model(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_without_a_peft_model() -> None:
+    plain = vit()
+    masks = some_masks(plain)
+    masks.apply_(plain)
+    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), plain)
+    assert some_masks(model) == masks
+    assert not masks.revived(model)
+    with pytest.raises(px.TargetError, match="is no PeftModel"):
+        px.merge_lora_(model, masks)
+    with pytest.raises(px.TargetError, match="inside a layer of peft"):
+        px.save_pretrained(model, masks, "nowhere")
+
+
+def test_attention_that_peft_takes_apart_is_refused() -> None:
+    """Its in_proj_weight is now a parameter and now none, while there is an adapter."""
+    plain = build("torchvision vit")
+    masks = some_masks(plain)
+    masks.apply_(plain)
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["self_attention"], r=2))
+    with pytest.raises(px.TargetError, match=r"self_attention.*prune first, and give the model adapters then"):
+        some_masks(model)
+    with pytest.raises(px.TargetError, match=r"px\.mask_lora cannot mask"):
+        px.mask_lora(model, masks)
+    merged = px.merge_lora_(model, masks)
+    assert not masks.revived(merged)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in merged.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 

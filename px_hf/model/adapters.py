@@ -128,5 +128,5 @@ def warn_of_trained_adapters(model: nn.Module) -> None:
         warnings.warn(
             f"{len(trained)} LoRA adapter(s) have been trained, and the weights are scored without them: "
             f"{listed(trained)}. To prune what they have learned too, merge them first (peft's merge_and_unload).",
-            stacklevel=5,
+            stacklevel=4,
         )

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import TargetError, listed
-from .adapters import added_modules
+from .adapters import adapted_layers, added_modules
 from .wrappers import named_parameters, unwrap
 
 PRUNABLE_LAYERS: Final = (
@@ -97,6 +97,9 @@ def _require_own_weights(model: nn.Module, left_out: set[nn.Module]) -> None:
         for path, module in model.named_modules()
         if isinstance(module, PRUNABLE_LAYERS) and module not in left_out and (undo := _undo(module)) is not None
     }
+    for path, layer in adapted_layers(model).items():
+        if isinstance(layer.base_layer, nn.MultiheadAttention):
+            computed[path] = "merge_and_unload() of the PeftModel; prune first, and give the model adapters then"
     if computed:
         raise TargetError(
             f"the weights of {len(computed)} layer(s) are computed from other parameters, and masks of them would not "
