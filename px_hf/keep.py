@@ -93,6 +93,8 @@ class MaskKeeper:
         """From now on keep these masks of the weights they name, which are zeroed at once, with their gradients."""
         parameters = masks.match(self._model)
         masks.apply_(self._model)
+        for place in self._places:
+            self._follow(place)
         for name, parameter in parameters.items():
             self._kept_bits[parameter] = _kept_bits(masks.tensors[name], parameter)
             self._mask_gradient(parameter)

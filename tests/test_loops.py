@@ -90,6 +90,21 @@ def test_an_optimizer_that_is_told_of_the_new_weights_goes_on() -> None:
         assert all((model.get_parameter(name).grad[~mask] == 0).all() for name, mask in masks.items())
 
 
+def test_other_masks_for_weights_that_were_replaced() -> None:
+    model, masks, _ = masked()
+    fewer = px.Masks({name: mask & (torch.arange(mask.shape[-1]) > 2) for name, mask in masks.items()})
+    optimizer = adamw(model)
+    with px.keep_masks(optimizer, model, masks) as handle:
+        for name, parameter in list(model.named_parameters()):  # as a conversion does that makes new objects
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(parameter.detach().clone()))
+        handle.replace(fewer)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        for _ in range(2):
+            step(model, optimizer)
+            assert not fewer.revived(model)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
