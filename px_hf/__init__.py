@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .hub.saving import save_pretrained
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
+    from .lora import mask_lora, merge_lora_
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -81,6 +82,8 @@ _LAZY = {
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
     "keep_masks": "keep",
+    "mask_lora": "lora",
+    "merge_lora_": "lora",
     "push_to_hub": "hub.push",
     "save_pretrained": "hub.saving",
     "shrink": "structured.shrink",
@@ -134,6 +137,8 @@ __all__ = [
     "from_pretrained",
     "gradual_pruning",
     "keep_masks",
+    "mask_lora",
+    "merge_lora_",
     "prune",
     "push_to_hub",
     "report",

@@ -167,7 +167,7 @@ class GradualPruner:
             "total_steps": total_steps,
         }
         dense = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in self._rounds.targets.items()}
-        self._keeper = MaskKeeper(optimizer, model, Masks(dense))
+        self._keeper = MaskKeeper(optimizer, model, Masks(dense), when_loaded=False)  # masks of then come next
         self._active = True
         self._counting = self._optimizer.register_step_post_hook(self._stepped) if count_steps else None
         try:

@@ -27,6 +27,7 @@ from . import masks_file
 from .atomic import whole
 from .errors import CheckpointError, InvalidArgumentError, TargetError, listed
 from .masks_file import MASKS_FILE
+from .model.nesting import where_they_fit
 from .model.wrappers import named_parameters
 
 
@@ -130,12 +131,13 @@ class Masks(Mapping[str, Tensor]):
     def match(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of `model` that the masks speak about, in the order of the masks.
 
-        Wrappers by DataParallel, DistributedDataParallel and torch.compile are looked through, and a
+        Wrappers by DataParallel, DistributedDataParallel, torch.compile and peft are looked through, and a
         parameter with several names (tied weights) is found under each of them.
 
         Raises:
             TargetError: a name is not a parameter of the model, a shape differs, a parameter holds no values (meta
-                device, lazy), or two names of one parameter have different masks; lists every misfit.
+                device, lazy), or two names of one parameter have different masks; lists every misfit, and names the
+                part of the model that the masks fit, if there is one.
         """
         if not isinstance(model, nn.Module):
             raise TargetError(f"Masks apply to a torch.nn.Module, got {type(model).__name__}.")
@@ -153,10 +155,13 @@ class Masks(Mapping[str, Tensor]):
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
                 misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
         if misfits:
+            advice = where_they_fit(model, {name: mask.shape for name, mask in self._tensors.items()}) or (
+                "Masks belong to the architecture that they were made for: use the model they came from, or prune "
+                "this one."
+            )
             raise TargetError(
                 f"The masks do not fit the model ({type(model).__name__}), nothing was changed: "
-                f"{len(misfits)} of {len(self)} masks: {listed(misfits, 10, '; ')}. Masks belong to the "
-                "architecture that they were made for: use the model they came from, or prune this one."
+                f"{len(misfits)} of {len(self)} masks: {listed(misfits, 10, '; ')}. {advice}"
             )
         return {name: parameters[name] for name in self._tensors}
 

@@ -14,6 +14,7 @@ from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import DataError, InvalidArgumentError, LaunchError, TargetError, listed
 from .masks import Masks
+from .model.adapters import adapters_off, warn_of_trained_adapters
 from .model.inputs import Batches, inputs_of
 from .model.targets import prunable
 from .model.wrappers import unwrap
@@ -47,9 +48,10 @@ def prune(
     of them, and all end with the masks that one process would find.
 
     Args:
-        model: any module whose output is a tensor [N, K] or has ``.logits``.
+        model: any module whose output is a tensor [N, K] or has ``.logits``. A ``PeftModel`` is pruned as the model
+            that it was made of, without its adapters.
         batches: re-iterable of calibration batches: tensors [N, C, H, W], pairs (images, labels), or
-            mappings with ``pixel_values`` and, where the criterion needs them, ``labels``.
+            mappings with ``pixel_values`` and, where the criterion needs them, ``labels`` or ``label``.
         criterion: what to score by, for example ``PX()``, ``Magnitude()``.
         sparsity: fraction of the prunable weights to prune, in [0, 1).
         rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
@@ -126,7 +128,9 @@ class Rounds:
         self.model = unwrap(model)
         self.targets = found.targets(self.model, prunable(self.model, prune_head))
         _require_finite(self.targets)
-        self.scope = found.begin(self.model, batches, self.targets, criterion)
+        warn_of_trained_adapters(self.model)
+        with adapters_off(self.model):
+            self.scope = found.begin(self.model, batches, self.targets, criterion)
         self.scope.check_budget(self.targets, sparsity, min_layer_density)
         self.batches, self.sparsity, self.prune_head = batches, sparsity, prune_head
         self.min_layer_density = min_layer_density

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .masks import Masks
+from .model.adapters import adapters_off, added_modules
 from .model.example import default_example
-from .model.inputs import Inputs, inputs_of, run
+from .model.inputs import Inputs, call, inputs_of
 from .model.modes import evaluating
 from .model.wrappers import unwrap
 
@@ -169,7 +170,8 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
     of the size that the configuration names (transformers: `image_size`, `num_channels`; timm: `input_size`);
     where it names none, MACs are left out.
 
-    The masks need not be applied. The model is run once, in eval mode, and left as it was.
+    The masks need not be applied. The model is run once, in eval mode, and left as it was. Adapters of peft are
+    not counted.
 
     Raises:
         TargetError: the masks do not fit the model.
@@ -210,7 +212,7 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
             for name, parameter in parameters.items()
             if first_names[parameter] == name
         ),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in _own_parameters(model)),
         macs=None if flops is None else sum(flops["Global"].values()) // (2 * len(images)),
         note=note,
     )
@@ -220,16 +222,22 @@ _Flops = Mapping[str, Mapping[Any, int]]
 """FlopCounterMode's: class of the model and path of the module, "Global" for all -> op -> 2 × MACs."""
 
 
+def _own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All but those that peft has added."""
+    added = {parameter for module in added_modules(model) for parameter in module.parameters(recurse=False)}
+    return [parameter for parameter in model.parameters() if parameter not in added]
+
+
 def _count_flops(model: nn.Module, inputs: Inputs) -> _Flops:
     fused_attention = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
-    with evaluating(model), _buffers_kept(model), torch.no_grad():
+    with evaluating(model), adapters_off(model), _buffers_kept(model), torch.no_grad():
         try:
             # The fused inference kernel of nn.MultiheadAttention is one op that is not counted.
             torch.backends.mha.set_fastpath_enabled(False)
             # So is that of attention on a CPU, in some versions of torch; two matrix products are counted in all.
             with sdpa_kernel(SDPBackend.MATH), counter:
-                run(model, inputs)
+                call(model, inputs)
         finally:
             torch.backends.mha.set_fastpath_enabled(fused_attention)
     return {"Global": {}, **counter.get_flop_counts()}

@@ -484,7 +484,8 @@ def test_batches_only_add_up(criterion: px.Criterion) -> None:
     [
         (images(), "batch 0 has no labels.*pair"),
         ({"pixel_values": images()}, "batch 0 has no labels"),
-        ((images(), [0, 1, 2, 3, 4, 0]), "batch 0 has no labels"),
+        ((images(), ["cat"] * 6), "batch 0 has no labels"),
+        ((images(), [0, 1, 2]), r"shape \(3,\); expected.*\(6,\)"),
         ((images(), LABELS.float()), r"labels of batch 0 are torch\.float32"),
         ((images(), LABELS[:3]), r"shape \(3,\); expected.*\(6,\)"),
         ((images(), LABELS + 1), r"lie in 1 to 5, but the network has classes 0 to 4"),

@@ -17,7 +17,7 @@ FLOORS = [
     ["ops"],
     ["compact", "masks_file"],
     ["masks"],
-    ["scoring", "report", "controls", "data", "keep", "distillation", "export", "kernels"],
+    ["scoring", "report", "controls", "data", "keep", "lora", "distillation", "export", "kernels"],
     ["criteria", "structured", "evaluation", "downstream"],
     ["scopes"],
     ["select"],

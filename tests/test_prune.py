@@ -10,6 +10,8 @@ import pytest
 import torch
 from networks import NETWORKS, build, images
 from torch import Tensor, nn
+from torch.nn import utils
+from torch.nn.utils.prune import identity
 
 import px_hf as px
 from px_hf.model.targets import prunable
@@ -203,3 +205,30 @@ def test_min_layer_density_keeps_every_layer_alive(rounds: int) -> None:
     best = px.select(px.PX().score(model, X), sparsity=0.95, scope="layer")
     if rounds == 1:
         assert all(bool((masks[name] | ~kept).all()) for name, kept in best.items())
+
+
+COMPUTED = {
+    "torch's pruning": (lambda layer: identity(layer, "weight"), r"prune\.remove\(layer, 'weight'\)"),
+    "old weight norm": (utils.weight_norm, r"remove_weight_norm\(layer, 'weight'\)"),
+    "weight norm": (utils.parametrizations.weight_norm, r"remove_parametrizations\(layer, 'weight'\)"),
+    "spectral norm": (utils.parametrizations.spectral_norm, r"remove_parametrizations\(layer, 'weight'\)"),
+    "old spectral norm": (utils.spectral_norm, r"remove_spectral_norm\(layer, 'weight'\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", COMPUTED)
+def test_layers_whose_weight_is_computed_are_named(name: str) -> None:
+    change, undo = COMPUTED[name]
+    model = build("cnn")
+    change(model[3])
+    with pytest.raises(px.TargetError, match=rf"of 1 layer\(s\) are computed.*: 3\. Make them plain first: .*{undo}"):
+        px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
+
+
+def test_a_head_whose_weight_is_computed_stays_dense() -> None:
+    model = build("timm resnet")
+    utils.parametrizations.weight_norm(model.fc)
+    assert "conv1.0.weight" in prunable(model)
+    with pytest.raises(px.TargetError, match="fc"):
+        prunable(model, prune_head=True)

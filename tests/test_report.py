@@ -253,7 +253,7 @@ def test_the_model_is_left_as_it_was(works: bool) -> None:
     if works:
         report(model, masks, torch.randn(4, 2, 6, 6))
     else:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(DataError, match="3 channel"):
             report(model, masks, torch.randn(4, 3, 6, 6))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == flags

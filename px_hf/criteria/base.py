@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..model.adapters import adapters_off
 from ..model.inputs import Batches
+from ..model.modes import device_of, full_precision
 from ..model.wrappers import unwrap
 from ..scoring.given import Given
 from ..scoring.masking import masked
@@ -53,11 +55,12 @@ class Criterion:
         masks: Mapping[str, Tensor] | None = None,
         prune_head: bool = False,
     ) -> dict[str, Tensor]:
-        """Score every prunable weight of ``model``, which is left untouched.
+        """Score every prunable weight of ``model``, which is left untouched, in its own dtype whatever autocast is on.
 
         Args:
             model: any module whose output is a tensor [N, K] or has ``.logits``, also inside
-                DistributedDataParallel, DataParallel or ``torch.compile``.
+                DistributedDataParallel, DataParallel, ``torch.compile`` or a ``PeftModel``, whose adapters are
+                switched off: the weights are scored as those of the plain model.
             batches: re-iterable of batches, see `px_hf.model.inputs`; criteria that need no data ignore it.
             masks: parameter name -> bool tensor (True = kept). The network is scored as if the
                 other weights were zero, and these get the score 0; a name that is absent is dense.
@@ -67,7 +70,8 @@ class Criterion:
             Name of the parameter (of the model outside wrappers) -> scores of its shape, non-negative, finite.
         """
         given = Given(unwrap(model), batches, masks or {}, prune_head)
-        scores = dict(self.formula(given))
+        with adapters_off(given.model), full_precision(device_of(given.model)):
+            scores = dict(self.formula(given))
         for name in scores.keys() & given.masks.keys():  # one after the other: they are as large as the model
             scores[name] = masked(scores[name], given.masks[name])
         return scores

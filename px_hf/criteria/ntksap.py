@@ -61,7 +61,7 @@ class NTKSAP(Criterion):
             place = f"{self.seed}:{batch}:{part}"
             x = inputs
             if self.inputs == "noise":
-                x = Inputs(noise(inputs.images, f"{place}:images"), inputs.others)
+                x = inputs.with_images(noise(inputs.images, f"{place}:images"))
             kept = {name: torch.ones_like(w).requires_grad_(True) for name, w in network.weights.items()}
             # Where m = 0 already, neither θ ⊙ m nor (θ + Δ) ⊙ m may come back.
             moved = {

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NonFiniteError
+from ..errors import DataError, NonFiniteError, PxError, listed
+from .batches import images_of, labels_of, misfit, require_batches, require_images
 from .wrappers import paths_of_tensors
 
 Batches = Iterable[Any]
 """A re-iterable of batches: a list, a DataLoader. A batch is a tensor [N, C, H, W], a pair
-(images, labels), or a mapping with ``pixel_values`` and, where needed, ``labels``. Other tensors of a
-mapping that the model's ``forward`` names (``pixel_attention_mask``, ``input_ids``) go to it as they are."""
+(images, labels), or a mapping with ``pixel_values`` and, where needed, ``labels`` or ``label``; labels are a tensor
+or a list of whole numbers. Other tensors of a mapping that the model's ``forward`` names (``pixel_attention_mask``,
+``input_ids``) go to it as they are."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,17 @@ class Inputs:
     """What the model is called with: images [N, ...], where paths start, and ``others`` by keyword.
 
     ``labels`` are those of the batch, if it has any; the model does not see them, and only `classes_of` checks them.
+    ``number`` is the batch's, for messages.
     """
 
     images: Tensor
     others: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    number: int | None = None
+
+    def with_images(self, images: Tensor) -> Inputs:
+        """Other images for the model, in place of these; without labels."""
+        return Inputs(images, self.others, None, self.number)
 
     def parts(self, numbers: int) -> Iterator[Inputs]:
         """The same examples in order, in parts whose images hold at most ``numbers`` numbers, or are one image."""
@@ -36,11 +44,13 @@ class Inputs:
         for start in range(0, len(self.images), size):
             part = slice(start, start + size)
             labels = None if self.labels is None else self.labels[part]
-            yield Inputs(self.images[part], {name: other[part] for name, other in self.others.items()}, labels)
+            others = {name: other[part] for name, other in self.others.items()}
+            yield Inputs(self.images[part], others, labels, self.number)
 
     def probe(self) -> Inputs:
         """One example with all-ones images."""
-        return Inputs(torch.ones_like(self.images[:1]), {name: other[:1] for name, other in self.others.items()})
+        others = {name: other[:1] for name, other in self.others.items()}
+        return Inputs(torch.ones_like(self.images[:1]), others, None, self.number)
 
 
 def inputs_of(batches: Batches, model: nn.Module) -> Iterator[Inputs]:
@@ -49,61 +59,27 @@ def inputs_of(batches: Batches, model: nn.Module) -> Iterator[Inputs]:
     Raises:
         DataError: ``batches`` is empty, exhausted, or a batch is not of a known form.
     """
-    if isinstance(batches, (str, bytes, Tensor)) or not isinstance(batches, Iterable):
-        raise DataError(
-            f"batches is a {type(batches).__name__}; expected a re-iterable of batches, such as a DataLoader "
-            "or a list of tensors [N, C, H, W]. Put a single batch into a list."
-        )
-    if isinstance(batches, Iterator):
-        raise DataError(
-            "batches is an iterator, which can be read only once, but every round reads it again; "
-            "pass a DataLoader or list(batches)."
-        )
+    require_batches(batches)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     count = 0
     for count, batch in enumerate(batches, start=1):
-        images = _images(batch, count - 1).to(like.device, like.dtype)
+        images = images_of(batch, count - 1)
+        labels = labels_of(batch, images, count - 1)
+        require_images(images, model, count - 1)
+        images = images.to(like.device, like.dtype)
         images = images.clone() if images.is_inference() else images
         others = _others(batch, model) if isinstance(batch, Mapping) else {}
-        labels = _labels(batch)
         yield Inputs(
             images,
             {name: other.to(like.device) for name, other in others.items()},
             None if labels is None else labels.to(like.device),
+            count - 1,
         )
     if count == 0:
-        raise DataError("batches is empty; at least one batch of images is needed to follow paths.")
-
-
-def _images(batch: Any, index: int) -> Tensor:
-    images = batch
-    if isinstance(batch, Mapping):
-        if "pixel_values" not in batch:
-            raise DataError(
-                f"batch {index} is a mapping with keys {sorted(map(str, batch))}; expected 'pixel_values'."
-            )
-        images = batch["pixel_values"]
-    elif isinstance(batch, (tuple, list)) and batch:
-        images = batch[0]
-    if not isinstance(images, Tensor):
         raise DataError(
-            f"batch {index} holds images of type {type(images).__name__}; expected a tensor [N, C, H, W], a pair "
-            "(images, labels) or a mapping with 'pixel_values'."
+            "batches is empty; at least one batch of images is needed to follow paths. If it was not empty the first "
+            "time, it can be read only once: pass a DataLoader or a list."
         )
-    if not images.is_floating_point():
-        raise DataError(f"the images of batch {index} are {images.dtype}; expected floats, as the network takes them.")
-    if images.dim() < 2 or images.shape[0] == 0:
-        raise DataError(f"the images of batch {index} have shape {tuple(images.shape)}; expected [N, C, H, W], N ≥ 1.")
-    return images
-
-
-def _labels(batch: Any) -> Tensor | None:
-    labels = None
-    if isinstance(batch, Mapping):
-        labels = batch.get("labels")
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        labels = batch[1]
-    return labels if isinstance(labels, Tensor) else None
 
 
 def _others(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -116,15 +92,15 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits [N, K] of ``model`` for ``inputs``.
 
     Raises:
-        DataError: the output is neither a tensor [N, K] nor has ``.logits``.
+        DataError: the output is neither a tensor [N, K] nor has ``.logits``, or the images do not fit the model.
     """
-    keyword = "pixel_values" in inspect.signature(model.forward).parameters
-    output = model(pixel_values=inputs.images, **inputs.others) if keyword else model(inputs.images, **inputs.others)
+    output = call(model, inputs)
     logits = getattr(output, "logits", output)
     named_otherwise = getattr(output, "last_hidden_state", None)  # as transformers' PPLCNet does
     if isinstance(named_otherwise, Tensor) and named_otherwise.dim() == 2:
         logits = named_otherwise
     if isinstance(logits, (tuple, list)) and logits:
+        _require_one_output(logits, model)
         logits = logits[0]
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -132,6 +108,37 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
             f"{type(model).__name__} returned {shape}; expected a tensor [N, K] or an output with .logits."
         )
     return logits
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """What ``model`` returns for ``inputs``.
+
+    Raises:
+        DataError: the images do not fit the model.
+    """
+    keyword = "pixel_values" in inspect.signature(model.forward).parameters
+    try:
+        if keyword:
+            return model(pixel_values=inputs.images, **inputs.others)
+        return model(inputs.images, **inputs.others)
+    except (ValueError, IndexError, TypeError, RuntimeError) as error:
+        problem = None if isinstance(error, PxError) else misfit(inputs.images, model)
+        if problem is None:
+            raise
+        which = "" if inputs.number is None else f" of batch {inputs.number}"
+        raise DataError(f"the images{which} {problem} ({type(model).__name__}: {error})") from error
+
+
+def _require_one_output(outputs: Sequence[Any], model: nn.Module) -> None:
+    """A list of feature maps is not a list that begins with logits."""
+    maps = [output for output in outputs if isinstance(output, Tensor) and output.dim() > 2]
+    if len(outputs) > 1 and len(maps) == len(outputs):
+        raise DataError(
+            f"{type(model).__name__} returned {len(maps)} feature maps, of shapes "
+            f"{listed(tuple(each.shape) for each in maps)}; expected a tensor [N, K] or an output with .logits. Only "
+            "the weights before the first would be scored: wrap it in a module that returns one tensor, such as the "
+            "last map, or prune the model that it was made of."
+        )
 
 
 def run_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -163,7 +170,7 @@ def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:
     if labels is None:
         raise DataError(
             f"batch {batch} has no labels, which this criterion needs; expected a pair (images, labels) or a mapping "
-            "with 'pixel_values' and 'labels', both tensors."
+            "with 'pixel_values' and 'labels' (or 'label'): a tensor or a list of class indices."
         )
     if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point() or labels.is_complex():
         raise DataError(

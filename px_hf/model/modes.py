@@ -32,6 +32,11 @@ def _as_written(model: nn.Module) -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter is; the CPU, if there is none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """No autocast: path sums, and their gradients, are never rounded to a lower precision."""
     if torch.is_autocast_enabled(device.type):

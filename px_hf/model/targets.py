@@ -7,7 +7,8 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import TargetError
+from ..errors import TargetError, listed
+from .adapters import adapted_layers, added_modules
 from .wrappers import named_parameters, unwrap
 
 PRUNABLE_LAYERS: Final = (
@@ -34,6 +35,7 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     1. What timm's ``get_classifier()`` returns, also inside transformers' ``TimmWrapper``.
     2. In a transformers model: all that lies outside ``base_model``.
     3. Otherwise an attribute of the model itself with one of `HEAD_NAMES`, if there is one.
+    4. Otherwise, if all parameters lie in one submodule, as in a LightningModule around a model, the head of that.
     """
     model = unwrap(model)
     for owner in (model, getattr(model, "timm_model", None)):
@@ -45,9 +47,19 @@ def head_modules(model: nn.Module) -> set[nn.Module]:
     base: Any = getattr(model, "base_model", model)
     if isinstance(base, nn.Module) and base is not model:
         return set(model.modules()) - set(base.modules()) - {model}
-    return {
+    found = {
         m for name in HEAD_NAMES if isinstance(head := getattr(model, name, None), nn.Module) for m in head.modules()
     }
+    only = _only_part(model)
+    return head_modules(only) if not found and only is not None else found
+
+
+def _only_part(model: nn.Module) -> nn.Module | None:
+    """The submodule that holds all parameters of a model."""
+    if next(model.parameters(recurse=False), None) is not None:
+        return None
+    parts = [part for part in model.children() if next(part.parameters(), None) is not None]
+    return parts[0] if len(parts) == 1 else None
 
 
 def patch_embedding(model: nn.Module) -> set[nn.Module]:
@@ -62,7 +74,12 @@ def patch_embedding(model: nn.Module) -> set[nn.Module]:
     return set()
 
 
-def _require_whole(model: nn.Module) -> None:
+def require_whole(model: nn.Module) -> None:
+    """The model must hold its weights.
+
+    Raises:
+        TargetError: they are sharded over processes, or on the meta device.
+    """
     sharded = dist.is_available() and dist.is_initialized() and _is_sharded(model)
     if sharded or any(p.is_meta for p in model.parameters()):
         how = "its weights are sharded over the processes (FSDP)" if sharded else "it has weights on the meta device"
@@ -71,6 +88,37 @@ def _require_whole(model: nn.Module) -> None:
             "accelerator.prepare, fully_shard or offloading: load it whole on one device, call px.prune and "
             "masks.apply_(model) on every process, and wrap it then."
         )
+
+
+def _require_own_weights(model: nn.Module, left_out: set[nn.Module]) -> None:
+    """A layer whose weight is computed from other parameters at each forward has none that could be pruned."""
+    computed = {
+        path: undo
+        for path, module in model.named_modules()
+        if isinstance(module, PRUNABLE_LAYERS) and module not in left_out and (undo := _undo(module)) is not None
+    }
+    for path, layer in adapted_layers(model).items():
+        if isinstance(layer.base_layer, nn.MultiheadAttention):
+            computed[path] = "merge_and_unload() of the PeftModel; prune first, and give the model adapters then"
+    if computed:
+        raise TargetError(
+            f"the weights of {len(computed)} layer(s) are computed from other parameters, and masks of them would not "
+            f"hold: {listed(computed)}. Make them plain first: {listed(dict.fromkeys(computed.values()))}."
+        )
+
+
+def _undo(module: nn.Module) -> str | None:
+    """What makes the weight of a layer a plain parameter again, if it is not one."""
+    computed = [name for name in getattr(module, "parametrizations", {}) if name.endswith("weight")]
+    if computed:
+        return f"torch.nn.utils.parametrize.remove_parametrizations(layer, {computed[0]!r})"
+    for name, _ in module.named_parameters(recurse=False):
+        if name.endswith("weight_orig"):
+            kind = "remove_spectral_norm(layer" if hasattr(module, "weight_u") else "prune.remove(layer"
+            return f"torch.nn.utils.{kind}, {name.removesuffix('_orig')!r})"
+        if name.endswith("weight_g"):
+            return f"torch.nn.utils.remove_weight_norm(layer, {name.removesuffix('_g')!r})"
+    return None
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -88,16 +136,18 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
     order.
 
     Weights of convolutions and linear layers; biases, norms, embeddings (the patch embedding too) and
-    class tokens never. The classifier head, which is freshly initialised in transfer learning, is left
-    out unless ``prune_head``.
+    class tokens never, nor what peft has added. The classifier head, which is freshly initialised in
+    transfer learning, is left out unless ``prune_head``.
 
     Raises:
-        TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded.
+        TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded, or
+            computed from other parameters (`torch.nn.utils.prune`, weight norm, parametrizations).
     """
     model = unwrap(model)
-    _require_whole(model)
+    require_whole(model)
     left_out: set[nn.Module] = set() if prune_head else head_modules(model)
-    left_out |= patch_embedding(model)
+    left_out |= patch_embedding(model) | added_modules(model)
+    _require_own_weights(model, left_out)
     chosen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, PRUNABLE_LAYERS) and module not in left_out:

@@ -70,7 +70,7 @@ class MaskedNetwork:
 
     def logits(self, inputs: Inputs, weights: Mapping[str, Tensor]) -> Tensor:
         """f(x; weights), [N, K]; ``weights`` may also name buffers."""
-        given = Inputs(inputs.images.to(self.dtype), inputs.others)
+        given = inputs.with_images(inputs.images.to(self.dtype))
         return run_with(self.model, {**self._fixed, **weights}, given)
 
     def gradients(self, output: Tensor, leaves: Tensors, create_graph: bool = False) -> Tensors:

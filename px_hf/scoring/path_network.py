@@ -59,7 +59,7 @@ class PathNetwork:
         try:
             with torch.no_grad(), Tracer(self.model, reading, weights, self.dtype, self._forget) as tracer:
                 tracer.start(images, start)
-                logits = run(self.model, Inputs(images, inputs.others))
+                logits = run(self.model, inputs.with_images(images))
         except ForgottenError:
             self._forget = False
             return self.path_sums(inputs, start, reading, weights)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import TargetError
 from ..masks import Masks
+from ..model.adapters import require_merged
 from ..model.example import example_of
 from ..model.inputs import run, run_with
 from ..model.modes import evaluating
@@ -47,6 +48,7 @@ def shrink(model: nn.Module, masks: Masks, example: Any = None) -> tuple[nn.Modu
         DataError: there is no example.
     """
     model = unwrap(model)
+    require_merged(model, "px.shrink")
     parameters = masks.match(model)
     inputs = example_of(model, example)
     families = trace_units(model, inputs, prunable(model, prune_head=True))

@@ -15,6 +15,7 @@ from ..hub.card import TAGS
 from ..hub.saving import save_pretrained
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
+from ..model.adapters import plain_paths
 from ..model.wrappers import unwrap
 
 
@@ -36,6 +37,9 @@ def save_in_checkpoint(args: TrainingArguments, state: TrainerState, model: nn.M
 def save_for_push(args: TrainingArguments, model: nn.Module, masks: Masks) -> None:
     """What Trainer pushes is its output folder: add what `save_pretrained` writes beside the dense weights."""
     model = unwrap(model)
+    if args.should_save and plain_paths(model) is not None:  # Trainer pushes adapters, without the weights
+        masks.save(Path(args.output_dir or ".", MASKS_FILE))
+        return
     if not args.should_save or not isinstance(model, PreTrainedModel):
         return
     save_pretrained(model, masks, args.output_dir or ".", overwrite=True)

@@ -17,6 +17,8 @@ from ..errors import CheckpointError, InvalidArgumentError
 from ..keep import MaskKeeper, keep_masks
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
+from ..model.adapters import plain_paths
+from ..model.wrappers import unwrap
 from .checkpoint import checkpoint_folder, save_for_push, save_in_checkpoint
 
 
@@ -95,6 +97,8 @@ class KeepMasks(TrainerCallback):
                 f"{folder.name} was trained with other masks than those given to KeepMasks. Use its own, "
                 f"Masks.load('.../{folder.name}/{MASKS_FILE}'), or start anew, without resume_from_checkpoint."
             )
+        if plain_paths(unwrap(model)) is not None:
+            return  # a checkpoint of peft holds adapters: the weights are not from it, and are masked next
         if revived := self.masks.revived(model):
             raise CheckpointError(
                 f"{sum(revived.values())} weights that the masks prune are not zero in what Trainer loaded from "
