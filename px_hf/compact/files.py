@@ -88,6 +88,14 @@ def find_compact(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> 
     return None
 
 
+def located(files: list[Path], folder_or_repo_id: str | os.PathLike[str]) -> Compact:
+    """A compact copy that another library has found: the same as `find_compact` gives."""
+    commit = _commit(folder_or_repo_id, files[0])
+    parts = files[0].parent.parts
+    subfolder = str(PurePosixPath(*parts[parts.index("snapshots") + 2 :])) if commit else SPARSE_FOLDER
+    return Compact(subfolder, files, commit)
+
+
 def _commit(folder_or_repo_id: str | os.PathLike[str], path: Path) -> str | None:
     """The commit of a downloaded file: the cache keeps it in snapshots/<commit>/."""
     if Path(folder_or_repo_id).is_dir() or "snapshots" not in path.parts:

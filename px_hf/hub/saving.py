@@ -33,6 +33,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..atomic import beside, remove
 from ..compact import write_compact
+from ..compact.dense import describe
 from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from ..masks import Masks
@@ -97,7 +98,7 @@ def save_pretrained(
         sparse.mkdir(parents=True)
         state = _state(model, masks)
         _save_dense(model, state, unfinished, max_shard_size)
-        write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size)
+        write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size, dense=describe(unfinished))
         if image_processor is not None:
             image_processor.save_pretrained(unfinished)
         config = json.loads((unfinished / CONFIG_NAME).read_text(encoding="utf-8"))
