@@ -244,7 +244,7 @@ class Masks(Mapping[str, Tensor]):
             file = CompactFile(compact.files)
             masks = file.masks()
             parted = parted_from(compact, file, folder_or_repo_id, **download)
-            if parted and (broken := broken_masks(masks, parted.files.values())):
+            if parted and (broken := broken_masks(masks, parted.files)):
                 raise parted.error(_not_zero(broken))
             return cls(masks)
         path = find(folder_or_repo_id, MASKS_FILE, required=True, **download)
@@ -255,7 +255,7 @@ class Masks(Mapping[str, Tensor]):
                 f"the other.{_claim(folder_or_repo_id, download)}"
             )
         found = cls.load(path)
-        if broken := broken_masks(found.tensors, dense_files(path.parent).values(), samples=True):
+        if broken := broken_masks(found.tensors, dense_files(path.parent), samples=True):
             raise CheckpointError(
                 f"{path} does not belong to the weights beside it.{_not_zero(broken)} They were trained or saved "
                 "without the masks. Prune them anew, or masks.apply_(model) with Masks.load of that file."
@@ -279,6 +279,6 @@ def _claim(folder_or_repo_id: str | os.PathLike[str], download: Mapping[str, Any
     if not isinstance(entry, dict):
         return ""
     return (
-        f" Its config.json says sparsity {entry.get('sparsity')}, an entry that stock saving carries along whatever the "
-        "weights are: load it with transformers or timm as an ordinary model, or save it with px_hf.save_pretrained."
+        f" Its config.json says sparsity {entry.get('sparsity')}, an entry that stock saving carries along "
+        "whatever the weights are: load it with transformers or timm as an ordinary model."
     )

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import CheckpointError, listed
 from .dense import Span, content, dense_files, is_recorded, names_to_ask, pieces, sampled, spans
 from .files import Compact, find, find_compact
-from .layout import INDEX_FILE, SPARSE_FOLDER
+from .layout import INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
 from .reader import CompactFile, shard_names
 
 Paths = dict[str, Path]
@@ -47,11 +47,11 @@ class Parted(NamedTuple):
     def error(self, more: str = "") -> CheckpointError:
         """What happened and what to do."""
         return CheckpointError(
-            f"{listed(self.files, 4)} in {self.where} and its compact copy in {SPARSE_FOLDER}/ are not the same model: "
-            f"{self.how}.{more} Nothing was loaded. Stock save_pretrained, trainer.save_model or a stock push writes "
-            f"the dense file alone, and {SPARSE_FOLDER}/ still holds the weights of before. To keep the dense weights, "
-            "load them with transformers (or timm) and their masks with px_hf.Masks.from_pretrained, or prune anew, "
-            "and px_hf.save_pretrained(model, masks, folder, overwrite=True), or px_hf.push_to_hub, writes both; or "
+            f"{listed(self.files, 4)} in {self.where} and the compact copy in {SPARSE_FOLDER}/ are not the same "
+            f"model: {self.how}.{more} Nothing was loaded. Stock save_pretrained, trainer.save_model or a stock push "
+            f"writes the dense file alone, and {SPARSE_FOLDER}/ then holds the weights of before. To keep the dense "
+            "weights, load them with transformers (or timm) and their masks with px_hf.Masks.from_pretrained, or prune "
+            "anew, and px_hf.save_pretrained(model, masks, folder, overwrite=True), or px_hf.push_to_hub, writes both; or "
             f"delete {SPARSE_FOLDER}/ if nothing is to be sparse. For the weights of before, move {SPARSE_FOLDER}/ "
             "into an empty folder, from which px_hf.from_pretrained and Masks.from_pretrained load it."
         )
@@ -76,9 +76,7 @@ def check(found: Compact, file: CompactFile, source: str | os.PathLike[str], **d
         raise parted.error()
 
 
-def parted_from(
-    found: Compact, file: CompactFile, source: str | os.PathLike[str], **download: Any
-) -> Parted | None:
+def parted_from(found: Compact, file: CompactFile, source: str | os.PathLike[str], **download: Any) -> Parted | None:
     """How the dense files beside a compact copy differ from it; None if they do not, or there are none."""
     where = f"{source!s}, commit {found.commit}" if found.commit else str(_above(found))
     files = _files(found, file, str(source), download)
@@ -157,9 +155,7 @@ def _may_differ(files: Paths, file: CompactFile) -> bool:
     """False if the files are those that were recorded; without a record, if samples of whole tensors are the same."""
     try:
         if file.dense is not None:
-            return not all(
-                name in file.dense and is_recorded(path, file.dense[name]) for name, path in files.items()
-            )
+            return not all(name in file.dense and is_recorded(path, file.dense[name]) for name, path in files.items())
         found = [span for path in files.values() for span in spans(path)]
     except (SafetensorError, OSError, ValueError, KeyError):
         return file.dense is not None
@@ -195,15 +191,22 @@ def _differences(files: Paths, file: CompactFile) -> str:
     return f"the dense copy lacks {lacking} tensors of the compact one" if lacking else ""
 
 
-# ---------------------------------------------------------------------------------------------- whether masks hold there
+# -------------------------------------------------------------------------------------------- whether masks hold there
 
 
-def broken_masks(masks: Mapping[str, Tensor], files: Iterable[Path], *, samples: bool = False) -> list[str]:
+def broken_masks(masks: Mapping[str, Tensor], files: Paths, *, samples: bool = False) -> list[str]:
     """The masks of which no dense tensor has the zeros, each tensor for one mask; [] if the files cannot be read.
 
-    Tensors are told by shape and zeros, since files may name them as older versions of their library do.
+    Tensors are told by shape and zeros, since files may name them as older versions of their library do. If there is
+    a model in one file and one in shards, the masks must hold in both.
     `samples`: look at pieces of each tensor, and do not count masks whose shape is not there at all.
     """
+    whole = [path for name, path in files.items() if name == WEIGHTS_FILE]
+    shards = [path for name, path in files.items() if name != WEIGHTS_FILE]
+    return [name for model in (whole, shards) if model for name in _broken_in(model, masks, samples)]
+
+
+def _broken_in(files: Iterable[Path], masks: Mapping[str, Tensor], samples: bool) -> list[str]:
     try:
         by_shape: dict[tuple[int, ...], list[Span]] = {}
         for path in files:
@@ -232,7 +235,7 @@ def _has_zeros(span: Span, mask: Tensor, samples: bool) -> bool:
     return samples or not weights[~kept].count_nonzero()
 
 
-# ------------------------------------------------------------------------------------------------------- the two configs
+# ----------------------------------------------------------------------------------------------------- the two configs
 
 _MAY_DIFFER = {"px", "quantization_config", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
 _MAY_DIFFER |= {"architectures", "model_args", "pretrained_cfg", "auto_map"}
@@ -256,15 +259,13 @@ def check_configs(found: Compact, source: str | os.PathLike[str], config: Mappin
         return  # a damaged config says nothing
     if not isinstance(above, dict):
         return
-    others = sorted(
-        key for key in above.keys() & config.keys() - _MAY_DIFFER if above[key] != config[key]
-    )
+    others = sorted(key for key in above.keys() & config.keys() - _MAY_DIFFER if above[key] != config[key])
     if _masks_of(above) and _masks_of(config) and _masks_of(above) != _masks_of(config):
         others.append("px")
     if others:
         raise CheckpointError(
-            f"config.json and {SPARSE_FOLDER}/config.json of {str(source)!r} do not agree on {listed(others)}: one was "
-            "changed, or belongs to another model. Nothing was loaded. Make the same change in both, or save the "
+            f"config.json and {SPARSE_FOLDER}/config.json of {str(source)!r} do not agree on {listed(others)}: one "
+            "was changed, or belongs to another model. Nothing was loaded. Make the same change in both, or save the "
             "model again with px_hf.save_pretrained(model, masks, folder, overwrite=True)."
         )
 

@@ -1,4 +1,4 @@
-"""The dense files beside a compact copy: what is written down of them, and what of them is looked at to know them again.
+"""The dense files beside a compact copy: what is recorded of them, and what is looked at to know them again.
 
 docs/COMPACT_FORMAT.md, section 7, says it for readers in any language.
 """
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from safetensors import safe_open
 
-from .layout import INDEX_FILE
+from .layout import INDEX_FILE, WEIGHTS_FILE
 
 PIECES: Final = 8
 PIECE: Final = 2048
@@ -145,7 +145,7 @@ def sampled(span: Span) -> str:
 
 def names_to_ask(record: Mapping[str, DenseFile]) -> list[str]:
     """The files that show whether a repository's dense copy is the recorded one, or another beside it."""
-    return sorted({*record, "model.safetensors", INDEX_FILE})
+    return sorted({*record, WEIGHTS_FILE, INDEX_FILE})
 
 
 def _read(file: BinaryIO | Any, start: int, size: int) -> bytes:

@@ -20,7 +20,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,35 @@ def save_pretrained(
         InvalidArgumentError: the model is of neither library, or the provenance is not JSON.
         OutputExistsError: a file would be overwritten.
     """
+    _save(
+        model, masks, folder, _save_dense, image_processor=image_processor, provenance=provenance, overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
+
+
+def save_for_trainer(model: PreTrainedModel, masks: Masks, folder: str | os.PathLike[str]) -> None:
+    """`save_pretrained` into Trainer's output folder, with the dense file as Trainer itself is about to write it.
+
+    The compact copy records that file. It differs for TimmWrapper, which Trainer saves by other names than timm's.
+    """
+
+    def as_trainer(model: Any, state: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+        model.save_pretrained(folder)
+
+    _save(model, masks, folder, as_trainer, overwrite=True)
+
+
+def _save(
+    model: nn.Module,
+    masks: Masks,
+    folder: str | os.PathLike[str],
+    save_dense: Callable[[nn.Module, Mapping[str, Tensor], Path, int | str], None],
+    *,
+    image_processor: Any = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> None:
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
         raise InvalidArgumentError(
@@ -97,7 +126,7 @@ def save_pretrained(
         sparse = unfinished / SPARSE_FOLDER
         sparse.mkdir(parents=True)
         state = _state(model, masks)
-        _save_dense(model, state, unfinished, max_shard_size)
+        save_dense(model, state, unfinished, max_shard_size)
         write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size, dense=describe(unfinished))
         if image_processor is not None:
             image_processor.save_pretrained(unfinished)
