@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compact_oracle
 import pytest
 import timm
 import torch
@@ -27,11 +29,11 @@ from transformers import (
 )
 
 import px_hf as px
-from px_hf.commands import evaluate_downstream
-from px_hf.compact.dense import PIECE, PIECES, pieces
+from px_hf.commands import evaluate_downstream, prune_finetune
+from px_hf.compact.dense import PIECE, PIECES, describe, pieces, samples
 from px_hf.runs.arguments import ModelArguments
 from px_hf.runs.saved_model import load
-from px_hf.runs.sparse_backbone import CARRIED
+from px_hf.runs.sparse_backbone import CARRIED, has_zeros
 from px_hf.runs.subjects import dense_and_pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
@@ -194,7 +196,16 @@ def test_masks_are_given_only_if_the_new_weights_have_their_zeros(saved: Path) -
     px.save_pretrained(model, px.Masks.from_pretrained(saved), saved, overwrite=True)
     assert torch.equal(logits(px.from_pretrained(saved)), logits(copy.deepcopy(model.eval())))
 
-    trainer_saves(saved)
+
+@pytest.mark.parametrize("way", [trainer_saves, stock_saves_shards, with_other_classes], ids=lambda way: way.__name__)
+def test_masks_that_the_new_weights_break(way: Callable[[Path], None], saved: Path) -> None:
+    if way is with_other_classes:  # of which one is masked
+        model, masks = pruned()
+        head = {"classifier.weight": torch.rand(3, 16) < 0.5}
+        masks = px.Masks({**masks, **head})
+        masks.apply_(model)
+        px.save_pretrained(model, masks, saved, overwrite=True)
+    way(saved)
     for where in (saved, saved / "sparse"):
         with pytest.raises(px.CheckpointError, match=r"Weights that the masks prune are not zero there: \d+ masks"):
             px.Masks.from_pretrained(where)
@@ -223,7 +234,7 @@ def test_a_checkpoint_whose_weights_lost_their_zeros(saved: Path, tmp_path: Path
         px.from_pretrained(folder)
 
 
-# ----------------------------------------------------------------------------------------- what is the same is accepted
+# --------------------------------------------------------------------------------------- what is the same is accepted
 
 
 def rewritten(folder: Path) -> None:
@@ -248,8 +259,6 @@ def without_config(folder: Path) -> None:
 
 
 def as_pointer(folder: Path) -> None:
-    import hashlib
-
     file = folder / "model.safetensors"
     file.write_text(pointer(hashlib.sha256(file.read_bytes()).hexdigest()))
 
@@ -330,6 +339,33 @@ def test_the_record_is_checked(saved: Path) -> None:
             px.from_pretrained(saved)
 
 
+def large() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(1000, 300) * (torch.rand(1000, 300) < 0.01)
+    return {"a.weight": weight, "a.bias": torch.randn(7), "empty": torch.zeros(0)}
+
+
+def test_the_record_is_that_of_the_specification(tmp_path: Path) -> None:
+    save_file(large(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert describe(tmp_path) == {
+        "model.safetensors": {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "samples": compact_oracle.samples(content),
+        }
+    }
+
+
+def test_training_one_very_sparse_layer_alone_shows_in_its_samples(tmp_path: Path) -> None:
+    tensors = large()
+    save_file(tensors, tmp_path / "a")
+    tensors["a.weight"] *= 1.0001  # of one weight in a hundred
+    save_file(tensors, tmp_path / "b")
+    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size
+    assert samples(tmp_path / "a") != samples(tmp_path / "b")
+
+
 @pytest.mark.parametrize("size", [0, 1, PIECES * PIECE, PIECES * PIECE + 1, 10**7 + 3])
 def test_pieces_reach_from_the_first_byte_to_the_last(size: int) -> None:
     found = list(pieces(size))
@@ -376,9 +412,23 @@ def test_a_dense_model_with_a_carried_config_is_dense(carried: Path, saved: Path
     for read in (px.from_pretrained, px.Masks.from_pretrained):
         with pytest.raises(px.CheckpointError, match=r"neither a compact copy.*config.json says sparsity 0\.\d+"):
             read(carried)
+    assert not has_zeros(stock(carried), stock(carried).config)
+    assert has_zeros(stock(saved), stock(saved).config)
     stock(saved).save_pretrained(saved.with_name("still"))  # its zeros are there, so it is not taken as dense
     with pytest.raises(px.CheckpointError, match="neither a compact copy"):
         dense_and_pruned(ModelArguments(model_name_or_path=str(saved.with_name("still"))), None)
+
+
+def test_the_recipe_prunes_a_dense_model_with_a_carried_config(
+    carried: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_name_or_path", str(carried), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    argv += ["--criterion", "magnitude", "--sparsity", "0.5", "--rounds", "1", "--max_train_samples", "40"]
+    prune_finetune.main([*argv, "--disable_tqdm", "true", "--report_to", "none", "--use_cpu", "true"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "it is taken as an ordinary dense model" in said
+    assert "is sparse already" not in said
+    assert px.Masks.from_pretrained(tmp_path / "run").sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
@@ -429,6 +479,18 @@ def test_the_dense_file_is_not_downloaded_to_compare_it(pushed: tuple[HubServer,
     stock(REPO)  # now the dense file is in the cache, where its samples are compared
     read(REPO)
     assert hub.count("paths-info") == asked
+
+
+def test_a_cache_of_ones_own(pushed: tuple[HubServer, px.Masks], tmp_path: Path) -> None:
+    _, masks = pushed
+    model = stock(REPO)
+    model.classifier.bias.data += 1
+    model.push_to_hub(REPO)
+    assert px.Masks.from_pretrained(REPO, cache_dir=tmp_path / "own") == masks  # which hold there
+    for read in (px.from_pretrained, HUB_READERS["stock"]):
+        with pytest.raises(px.CheckpointError, match=r"1 of the \d+ dense tensors hold other values") as error:
+            read(REPO, cache_dir=tmp_path / "own")
+        assert "classifier.bias" in str(error.value)
 
 
 def test_the_same_weights_pushed_in_other_files(pushed: tuple[HubServer, px.Masks]) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..errors import CheckpointError, listed
 from .dense import Span, content, dense_files, is_recorded, names_to_ask, pieces, sampled, spans
 from .files import Compact, find, find_compact
-from .layout import INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
+from .layout import CONFIG_FILE, INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
 from .reader import CompactFile, shard_names
 
 Paths = dict[str, Path]
@@ -50,10 +50,10 @@ class Parted(NamedTuple):
             f"{listed(self.files, 4)} in {self.where} and the compact copy in {SPARSE_FOLDER}/ are not the same "
             f"model: {self.how}.{more} Nothing was loaded. Stock save_pretrained, trainer.save_model or a stock push "
             f"writes the dense file alone, and {SPARSE_FOLDER}/ then holds the weights of before. To keep the dense "
-            "weights, load them with transformers (or timm) and their masks with px_hf.Masks.from_pretrained, or prune "
-            "anew, and px_hf.save_pretrained(model, masks, folder, overwrite=True), or px_hf.push_to_hub, writes both; or "
-            f"delete {SPARSE_FOLDER}/ if nothing is to be sparse. For the weights of before, move {SPARSE_FOLDER}/ "
-            "into an empty folder, from which px_hf.from_pretrained and Masks.from_pretrained load it."
+            "weights, load them with transformers (or timm) and their masks with px_hf.Masks.from_pretrained, or "
+            "prune anew; px_hf.save_pretrained(model, masks, folder, overwrite=True), or px_hf.push_to_hub, writes "
+            f"both. If nothing is to be sparse, delete {SPARSE_FOLDER}/. For the weights of before, move "
+            f"{SPARSE_FOLDER}/ into an empty folder, from which px_hf.from_pretrained and Masks.from_pretrained load it."
         )
 
 
@@ -250,9 +250,9 @@ def check_configs(found: Compact, source: str | os.PathLike[str], config: Mappin
     """
     if not _is_sparse_folder(found):
         return
-    path: Path | None = _above(found) / "config.json"
+    path: Path | None = _above(found) / CONFIG_FILE
     if found.commit is not None:
-        path = find(source, "config.json", **{**download, "subfolder": _parent(found), "revision": found.commit})
+        path = find(source, CONFIG_FILE, **{**download, "subfolder": _parent(found), "revision": found.commit})
     try:
         above = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
     except (OSError, ValueError, RecursionError):

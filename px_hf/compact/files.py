@@ -88,12 +88,15 @@ def find_compact(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> 
     return None
 
 
-def located(files: list[Path], folder_or_repo_id: str | os.PathLike[str]) -> Compact:
-    """A compact copy that another library has found: the same as `find_compact` gives."""
+def located(files: list[Path], folder_or_repo_id: str | os.PathLike[str]) -> tuple[Compact, dict[str, Any]]:
+    """A compact copy that another library has found, as `find_compact` gives it, and `download` for more of it."""
     commit = _commit(folder_or_repo_id, files[0])
-    parts = files[0].parent.parts
-    subfolder = str(PurePosixPath(*parts[parts.index("snapshots") + 2 :])) if commit else SPARSE_FOLDER
-    return Compact(subfolder, files, commit)
+    if commit is None:
+        return Compact(SPARSE_FOLDER, files, None), {}
+    folder = files[0].parent
+    snapshot = next(path for path in (folder, *folder.parents) if path.parent.name == "snapshots")
+    subfolder = folder.relative_to(snapshot).as_posix().removeprefix(".")
+    return Compact(subfolder, files, commit), {"cache_dir": snapshot.parents[2]}
 
 
 def _commit(folder_or_repo_id: str | os.PathLike[str], path: Path) -> str | None:

@@ -38,6 +38,7 @@ SPARSE_FOLDER: Final = "sparse"
 """Where the compact copy lies, below the dense one."""
 
 WEIGHTS_FILE: Final = "model.safetensors"
+CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
 

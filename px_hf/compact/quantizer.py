@@ -21,7 +21,7 @@ from ..model.widths import restore_
 from .agreement import check, check_configs
 from .ahead import Ahead
 from .files import located
-from .layout import MASK, QUANT_METHOD, VALUES, VERSION
+from .layout import CONFIG_FILE, MASK, QUANT_METHOD, VALUES, VERSION
 from .matching import match
 from .reader import CompactFile
 
@@ -126,8 +126,8 @@ class CompactQuantizer(HfQuantizer):
 def _check_copies(model: PreTrainedModel, file: CompactFile, checkpoint_files: list[str]) -> None:
     """Raise CheckpointError unless the files belong to the dense copy beside them, where there is one."""
     source = str(model.config.name_or_path)
-    found = located([Path(name) for name in checkpoint_files], source)
-    check(found, file, source)
-    config = Path(found.files[0]).with_name("config.json")
+    found, download = located([Path(name) for name in checkpoint_files], source)
+    check(found, file, source, **download)
+    config = found.files[0].with_name(CONFIG_FILE)
     if config.is_file():
-        check_configs(found, source, json.loads(config.read_text(encoding="utf-8")))
+        check_configs(found, source, json.loads(config.read_text(encoding="utf-8")), **download)
