@@ -264,7 +264,10 @@ class Masks(Mapping[str, Tensor]):
 
 
 def _not_zero(names: list[str]) -> str:
-    return f" Weights that the masks prune are not zero there: {len(names)} masks, for example of {names[0]!r}."
+    return (
+        f" {len(names)} masks do not hold there, for example that of {names[0]!r}: weights that it prunes are not "
+        "zero, or cannot be read."
+    )
 
 
 def _claim(folder_or_repo_id: str | os.PathLike[str], download: Mapping[str, Any]) -> str:

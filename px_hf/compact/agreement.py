@@ -52,25 +52,29 @@ class Parted(NamedTuple):
             f"writes the dense file alone, and {SPARSE_FOLDER}/ then holds the weights of before. To keep the dense "
             "weights, load them with transformers (or timm) and their masks with px_hf.Masks.from_pretrained, or "
             "prune anew; px_hf.save_pretrained(model, masks, folder, overwrite=True), or px_hf.push_to_hub, writes "
-            f"both. If nothing is to be sparse, delete {SPARSE_FOLDER}/. For the weights of before, move "
-            f"{SPARSE_FOLDER}/ into an empty folder, from which px_hf.from_pretrained and Masks.from_pretrained load it."
+            f"both. If nothing is to be sparse, delete {SPARSE_FOLDER}/. For the weights of before, move it "
+            "into an empty folder, from which px_hf.from_pretrained and Masks.from_pretrained load it."
         )
 
 
 def check_copies(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> None:
-    """Raise CheckpointError if a folder or repository has a compact copy and another dense one; see `find` there."""
+    """`check` of a folder or repository, if it has a compact copy; `download` as in `find`.
+
+    Raises:
+        CheckpointError: as of `check`, or there is no such folder or repository.
+    """
     found = find_compact(folder_or_repo_id, **download)
     if found is not None:
         check(found, CompactFile(found.files), folder_or_repo_id, **download)
 
 
 def check(found: Compact, file: CompactFile, source: str | os.PathLike[str], **download: Any) -> None:
-    """Raise CheckpointError if the dense files beside a compact copy hold other weights, or its config another model.
+    """Nothing, if the dense files beside a compact copy hold the same weights, or there are none.
 
     `download`: as of `find`, for a repository of the Hub.
 
     Raises:
-        CheckpointError: they do; it says what to do. Or the Hub answers with an error.
+        CheckpointError: they hold others; it says what to do. Or the Hub answers with an error.
     """
     if parted := parted_from(found, file, source, **download):
         raise parted.error()
@@ -168,7 +172,10 @@ def _may_differ(files: Paths, file: CompactFile) -> bool:
 
 
 def _differences(files: Paths, file: CompactFile) -> str:
-    """In what the weights differ; empty if all of them are the same, whatever their names and files."""
+    """In what the weights differ; empty if all of them are the same.
+
+    Names and files do not count, which libraries change: for each tensor there must be one of its shape and content.
+    """
     ours: dict[tuple[int, ...], set[tuple[str, str]]] = {}
     for name, shape in file.shapes.items():
         tensor = file.tensor(name)
@@ -195,11 +202,12 @@ def _differences(files: Paths, file: CompactFile) -> str:
 
 
 def broken_masks(masks: Mapping[str, Tensor], files: Paths, *, samples: bool = False) -> list[str]:
-    """The masks of which no dense tensor has the zeros, each tensor for one mask; [] if the files cannot be read.
+    """The masks of which no dense tensor has the zeros, each tensor for one mask; all if the files cannot be read.
 
     Tensors are told by shape and zeros, since files may name them as older versions of their library do. If there is
     a model in one file and one in shards, the masks must hold in both.
-    `samples`: look at pieces of each tensor, and do not count masks whose shape is not there at all.
+    `samples`: look at pieces of each tensor, and do not count masks whose shape is not there at all, nor any if the
+    files cannot be read.
     """
     whole = [path for name, path in files.items() if name == WEIGHTS_FILE]
     shards = [path for name, path in files.items() if name != WEIGHTS_FILE]
@@ -222,7 +230,7 @@ def _broken_in(files: Iterable[Path], masks: Mapping[str, Tensor], samples: bool
                 broken.append(name)
         return broken
     except (SafetensorError, OSError, ValueError, KeyError):
-        return []
+        return [] if samples else sorted(masks)
 
 
 def _has_zeros(span: Span, mask: Tensor, samples: bool) -> bool:
@@ -243,7 +251,7 @@ _MAY_DIFFER |= {"architectures", "model_args", "pretrained_cfg", "auto_map"}
 
 
 def check_configs(found: Compact, source: str | os.PathLike[str], config: Mapping[str, Any], **download: Any) -> None:
-    """Raise CheckpointError if `config`, that of a compact copy, and the one above it describe different models.
+    """Nothing, if `config`, that of a compact copy, and the one above it describe the same model.
 
     Raises:
         CheckpointError: an entry that both have differs, such as the names of the classes or the masks.
