@@ -7,7 +7,8 @@
 The folder holds what transformers (for a timm model: timm) would write, `config.json`, `model.safetensors` with the
 pruned weights as exact zeros and the image processor, and in `config.json` one more entry "px": where the zeros come
 from. `sparse/` holds the same model in fewer bytes, its masks and the weights that they keep (docs/COMPACT_FORMAT.md),
-which transformers loads too after `import px_hf`: `from_pretrained("out", subfolder="sparse")`.
+which transformers loads too after `import px_hf`: `from_pretrained("out", subfolder="sparse")`. It records the dense
+files, so that whoever reads it notices if another library has saved over them (`px_hf.compact.agreement`).
 
 A model from which units were taken (`px_hf.shrink`) is saved in the same way. If its config cannot say how wide it is,
 the entry "px" also holds the "structure" that `from_pretrained` builds; stock libraries then refuse the folder, since
