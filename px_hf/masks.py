@@ -232,21 +232,61 @@ class Masks(Mapping[str, Tensor]):
         `revision`, `token`, `subfolder` and what else `huggingface_hub.hf_hub_download` takes (`cache_dir`,
         `local_files_only`, ...) are for the Hub; a folder only looks at `subfolder`.
 
+        Weights that were saved anew beside them, with the zeros kept, do not matter.
+
         Raises:
-            CheckpointError: there is no such folder or repository, or it holds no masks.
+            CheckpointError: there is no such folder or repository, it holds no masks, or its weights do not have the
+                zeros of the masks.
         """
         from .compact import CompactFile
+        from .compact.agreement import broken_masks, parted_from
+        from .compact.dense import dense_files
         from .compact.files import find, find_compact
 
         download |= {"revision": revision, "token": token, "subfolder": subfolder}
         compact = find_compact(folder_or_repo_id, **download)
         if compact is not None:
-            return cls(CompactFile(compact.files).masks())
+            file = CompactFile(compact.files)
+            masks = file.masks()
+            parted = parted_from(compact, file, folder_or_repo_id, **download)
+            if parted and (broken := broken_masks(masks, parted.files)):
+                raise parted.error(_not_zero(broken))
+            return cls(masks)
         path = find(folder_or_repo_id, MASKS_FILE, required=True, **download)
         if path is None:
             raise CheckpointError(
                 f"{str(folder_or_repo_id)!r} has neither a compact copy in sparse/ nor a masks file {MASKS_FILE}"
                 f"{f' in {subfolder!r}' if subfolder else ''}: px_hf.save_pretrained() writes the one, Masks.save() "
-                "the other."
+                f"the other.{_claim(folder_or_repo_id, download)}"
             )
-        return cls.load(path)
+        found = cls.load(path)
+        if broken := broken_masks(found.tensors, dense_files(path.parent), samples=True):
+            raise CheckpointError(
+                f"{path} does not belong to the weights beside it.{_not_zero(broken)} They were trained or saved "
+                "without the masks. Prune them anew, or masks.apply_(model) with Masks.load of that file."
+            )
+        return found
+
+
+def _not_zero(names: list[str]) -> str:
+    return (
+        f" {len(names)} masks do not hold there, for example that of {names[0]!r}: weights that it prunes are not "
+        "zero, or cannot be read."
+    )
+
+
+def _claim(folder_or_repo_id: str | os.PathLike[str], download: Mapping[str, Any]) -> str:
+    """What a config says that stock saving has carried into another folder."""
+    from .compact.files import find
+
+    config = find(folder_or_repo_id, "config.json", **download)
+    try:
+        entry = json.loads(config.read_text(encoding="utf-8")).get("px") if config is not None else None
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if not isinstance(entry, dict):
+        return ""
+    return (
+        f" Its config.json says sparsity {entry.get('sparsity')}, an entry that stock saving carries along "
+        "whatever the weights are: load it with transformers or timm as an ordinary model."
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import px_hf as px
 
 from ..atomic import whole
+from ..compact.agreement import check_copies
 from ..data import Preprocess
 from ..distributed import processes
 from ..downstream.attached import weights_fingerprint
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> int:
             raise px.InvalidArgumentError(
                 f"--push_to_hub publishes a pruned model from its folder; {model_args.model_name_or_path} is not one."
             )
+        if training.push_to_hub:
+            check_copies(model_args.model_name_or_path)  # what is scored is the dense copy, and published the compact
     repo_id = claim_repository(training, Path(model_args.model_name_or_path).absolute().name)
     if args.sparsity:
         with phases("Prune"):

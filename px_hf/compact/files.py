@@ -88,6 +88,17 @@ def find_compact(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> 
     return None
 
 
+def located(files: list[Path], folder_or_repo_id: str | os.PathLike[str]) -> tuple[Compact, dict[str, Any]]:
+    """A compact copy that another library has found, as `find_compact` gives it, and `download` for more of it."""
+    commit = _commit(folder_or_repo_id, files[0])
+    if commit is None:
+        return Compact(SPARSE_FOLDER, files, None), {}
+    folder = files[0].parent
+    snapshot = next(path for path in (folder, *folder.parents) if path.parent.name == "snapshots")
+    subfolder = folder.relative_to(snapshot).as_posix().removeprefix(".")
+    return Compact(subfolder, files, commit), {"cache_dir": snapshot.parents[2]}
+
+
 def _commit(folder_or_repo_id: str | os.PathLike[str], path: Path) -> str | None:
     """The commit of a downloaded file: the cache keeps it in snapshots/<commit>/."""
     if Path(folder_or_repo_id).is_dir() or "snapshots" not in path.parts:

@@ -16,6 +16,9 @@ QUANT_METHOD: Final = "px_sparse"
 METADATA: Final = "px_sparse"
 """The entry of a safetensors header that describes the tensors of that file."""
 
+DENSE: Final = "px_dense"
+"""The entry beside it that says which dense files the copy was written with; see `dense`."""
+
 MASK: Final = ":px_mask"
 VALUES: Final = ":px_values"
 """Endings of the names under which a pruned parameter is stored."""
@@ -35,6 +38,7 @@ SPARSE_FOLDER: Final = "sparse"
 """Where the compact copy lies, below the dense one."""
 
 WEIGHTS_FILE: Final = "model.safetensors"
+CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
 

@@ -7,6 +7,8 @@ values into the dense weight; what comes out is an ordinary model, which can be 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, InvalidArgumentError
 from ..model.widths import restore_
+from .agreement import check, check_configs
 from .ahead import Ahead
-from .layout import MASK, QUANT_METHOD, VALUES, VERSION
+from .files import located
+from .layout import CONFIG_FILE, MASK, QUANT_METHOD, VALUES, VERSION
 from .matching import match
 from .reader import CompactFile
 
@@ -40,7 +44,8 @@ class CompactQuantizer(HfQuantizer):
     """Decodes pruned weights while transformers loads a compact copy.
 
     Raises:
-        CheckpointError: the files are damaged, or a parameter would not come from them; no model is returned then.
+        CheckpointError: the files are damaged, a parameter would not come from them, or they no longer belong to the
+            dense copy beside them; no model is returned then.
     """
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +63,7 @@ class CompactQuantizer(HfQuantizer):
         if isinstance(noted, dict) and "structure" in noted:
             restore_(model, noted["structure"], str(model.config.name_or_path))
         names = match(model, file, model.base_model_prefix)
+        _check_copies(model, file, checkpoint_files or [])
         file.verify_whole()  # what transformers reads by itself
         self._pruned, self._expected = set(file.pruned), model.state_dict()
         first: dict[str, str] = {}
@@ -115,3 +121,13 @@ class CompactQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _check_copies(model: PreTrainedModel, file: CompactFile, checkpoint_files: list[str]) -> None:
+    """Raise CheckpointError unless the files belong to the dense copy beside them, where there is one."""
+    source = str(model.config.name_or_path)
+    found, download = located([Path(name) for name in checkpoint_files], source)
+    check(found, file, source, **download)
+    config = found.files[0].with_name(CONFIG_FILE)
+    if config.is_file():
+        check_configs(found, source, json.loads(config.read_text(encoding="utf-8")), **download)

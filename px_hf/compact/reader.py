@@ -23,7 +23,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .coding import PART, kept_positions
+from .dense import DenseFile, Span, read_record
 from .layout import (
+    DENSE,
     DTYPES,
     INDEX_FILE,
     MASK,
@@ -53,6 +55,9 @@ class _Stored(NamedTuple):
 class CompactFile:
     """The file or files of a compact copy, opened and checked. `shapes`: of every decoded tensor, by name.
 
+    `dense`: the dense files that it was written with, by name; None if it was written without, or before they were
+    recorded.
+
     Raises:
         CheckpointError: a file is missing, damaged, of another version, or says what cannot be.
     """
@@ -60,10 +65,15 @@ class CompactFile:
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         self.shapes: dict[str, list[int]] = {}
         self._stored: dict[str, _Stored] = {}
+        self.dense: dict[str, DenseFile] | None = None
         size = 0
-        for path in map(Path, paths):
+        for number, path in enumerate(map(Path, paths)):
             with _naming(path):
-                for name, stored in _contents(path).items():
+                contents, dense = _contents(path)
+                if number and dense != self.dense:
+                    raise ValueError("it was written with another dense model than the shards before it")
+                self.dense = dense
+                for name, stored in contents.items():
                     if name in self._stored:
                         raise ValueError(f"{name!r} is also in {self._stored[name].path.name}")
                     self._stored[name] = stored
@@ -105,6 +115,18 @@ class CompactFile:
         for name in self.shapes.keys() & self._stored.keys():
             with _naming(self._stored[name].path, name):
                 self._read(name)
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a decoded tensor, as safetensors calls it."""
+        return self._stored[name if name in self._stored else name + VALUES].dtype
+
+    def whole_spans(self) -> list[Span]:
+        """Where the tensors that are not pruned lie."""
+        whole = [(name, self._stored[name]) for name in self.shapes if name in self._stored]
+        return [
+            Span(stored.path, name, stored.dtype, tuple(stored.shape), stored.start, _bytes(stored))
+            for name, stored in whole
+        ]
 
     def masks(self) -> dict[str, Tensor]:
         """The masks of all pruned parameters: name -> bool tensor, True = kept."""
@@ -155,6 +177,10 @@ class CompactFile:
         return tensor
 
 
+def _bytes(stored: _Stored) -> int:
+    return math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
+
+
 def _read_into(file: Any, memory: np.ndarray) -> None:
     rest = memory.view(np.uint8).data
     while rest:
@@ -187,8 +213,8 @@ def shard_names(index: Path) -> list[str]:
         return names
 
 
-def _contents(path: Path) -> dict[str, _Stored]:
-    """What a safetensors file holds, as its header and our metadata say in agreement."""
+def _contents(path: Path) -> tuple[dict[str, _Stored], dict[str, DenseFile] | None]:
+    """What a safetensors file holds, as its header and our metadata say in agreement, and its record."""
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
     with safe_open(path, framework="pt"):  # it checks that header and file belong together
@@ -196,7 +222,9 @@ def _contents(path: Path) -> dict[str, _Stored]:
     with path.open("rb") as opened:
         data = 8 + int.from_bytes(opened.read(8), "little")
         header = _json(opened.read(data - 8).decode())
-    entries = _entries(header.pop("__metadata__", None))
+    metadata = header.pop("__metadata__", None)
+    entries = _entries(metadata)
+    dense = read_record(_json(metadata[DENSE])) if DENSE in metadata else None
     if header.keys() != entries.keys():
         raise ValueError(f"its tensors are not those that its metadata lists: {min(header.keys() ^ entries.keys())!r}")
     contents = {}
@@ -215,7 +243,7 @@ def _contents(path: Path) -> dict[str, _Stored]:
                 contents[name] = _Stored(path, start, dtype, length, coding, shape, crc32)
             case _:
                 raise ValueError(f"its metadata says {str(entry)[:80]!r} of {name!r}")
-    return contents
+    return contents, dense
 
 
 def _entries(metadata: Mapping[str, str] | None) -> dict[str, Any]:

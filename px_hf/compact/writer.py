@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import TargetError
 from .coding import BITS, encode
-from .layout import DTYPES, INDEX_FILE, MASK, METADATA, VALUE_DTYPES, VALUES, VERSION, checksum, decoded_limit
+from .layout import DENSE, DTYPES, INDEX_FILE, MASK, METADATA, VALUE_DTYPES, VALUES, VERSION, checksum, decoded_limit
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -27,10 +27,12 @@ def write_compact(
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "50GB",
+    dense: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write `state` into an existing folder: of the tensors with a mask only what it keeps.
 
     `masks`: name in `state` -> bool tensor of its shape, True = kept.
+    `dense`: the record of the dense files that hold the same (`dense.describe`), by which readers know them again.
 
     Files larger than `max_shard_size` are split, with an index, as transformers does it. The same state and masks
     always give the same bytes.
@@ -52,6 +54,8 @@ def write_compact(
     for file, names in split.filename_to_tensors.items():
         described = {"version": VERSION, "tensors": {name: entries[name] for name in names}}
         metadata = {"format": "pt", METADATA: json.dumps(described, separators=(",", ":"), sort_keys=True)}
+        if dense is not None:
+            metadata[DENSE] = json.dumps(dense, separators=(",", ":"), sort_keys=True)
         save_file({name: stored[name] for name in names}, Path(folder, file), metadata=metadata)
         _sort_metadata(Path(folder, file))
     if split.is_sharded:

@@ -31,6 +31,7 @@ _KEEP = {
     False: "handle = px.keep_masks(optimizer, model, masks)  # in any training loop",
 }
 """How the masks are kept: for a model of transformers, and for one of timm alone."""
+_MASKS_ROW = "SHA-256 of the masks"
 _SPLITS = {"test": "test", "eval": "validation"}
 _FILES = {
     "model": "dense, with the zeros",
@@ -98,6 +99,12 @@ def is_unedited(text: str) -> bool:
     """Whether `model_card` wrote this, and nobody changed it since."""
     body, _, _ = text.rstrip("\n").rpartition("\n")
     return _signed(body) == text.rstrip("\n") + "\n"
+
+
+def is_about_others(text: str, masks_sha256: str) -> bool:
+    """Whether a card, edited or not, names the masks it is about, and they are others."""
+    found = re.search(rf"{_MASKS_ROW}\W+([0-9a-f]{{64}})", text)
+    return found is not None and found[1] != masks_sha256
 
 
 def _signed(text: str) -> str:
@@ -229,7 +236,7 @@ def _settings(px: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("learnt from", {"dense": "the same network, fine-tuned dense"}.get(str(teacher), teacher)),
         ("seed", px.get("seed")),
         ("base model", f"{base}, revision {revision}" if base and revision else base),
-        ("SHA-256 of the masks", px["masks_sha256"]),
+        (_MASKS_ROW, px["masks_sha256"]),
     ]
     rows = [("criterion", _code(px["criterion"]))] if px.get("criterion") else []
     return rows + [(label, _text(value)) for label, value in known if value is not None]

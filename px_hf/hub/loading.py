@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 
 from ..compact import CompactFile
+from ..compact.agreement import check, check_configs
 from ..compact.files import find, find_compact
 from ..compact.filling import fill
 from ..errors import CheckpointError, InvalidArgumentError, TargetError
@@ -34,7 +35,8 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
 
     It comes back as what it was, a transformers model, or a timm model if it was saved as one. (In TimmWrapper:
     `AutoModelForImageClassification.from_pretrained` of the same folder.) The weights are bit for bit those of the
-    dense copy, and they are checked: against their checksums, or, of a dense copy alone, against its masks.
+    dense copy, and they are checked: against their checksums, and that the dense files beside them are those they
+    were written with; or, of a dense copy alone, against its masks.
 
     `kwargs` are those of `AutoModelForImageClassification.from_pretrained`: `revision`, `token`, `cache_dir`,
     `local_files_only`, `subfolder`, `dtype`, `trust_remote_code` (off by default), `attn_implementation`, entries
@@ -43,7 +45,8 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
 
     Raises:
         CheckpointError: there is no such folder or repository, something in it is missing or damaged, a weight of the
-            model would not come from the file, or a pruned weight is not zero.
+            model would not come from the file, or a pruned weight is not zero; or the dense copy was saved anew by
+            another library, so that the compact one holds older weights.
     """
     source = str(folder_or_repo_id)
     download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
@@ -54,8 +57,11 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
     download |= {"subfolder": found.subfolder} | ({"revision": found.commit} if found.commit else {})
     file = CompactFile(found.files)
     content = _read_config(folder_or_repo_id, download)
+    check(found, file, source, **download)
     if timm_models.is_timm_config(content):
-        return _timm_model(content, file, source, **others)
+        timm_model = _timm_model(content, file, source, **others)
+        check_configs(found, source, content, **download)
+        return timm_model
 
     building = {name: others.pop(name) for name in _BUILDING if name in others}
     trust = building.get("trust_remote_code", False)
@@ -72,6 +78,7 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
     model = build_empty(lambda: _auto_class(content).from_config(config, **building), source)
     _restore_structure_(model, content, source)
     fill(model, file, source)
+    check_configs(found, source, content, **download)
     config.name_or_path = source
     return model.eval()
 

@@ -49,7 +49,7 @@ from ..model.wrappers import unwrap
 from ..plots import plot_layer_sparsity
 from ..report import Report, report
 from ..version import __version__
-from .card import CARD_FILE, PLOT_FILE, is_unedited, model_card
+from .card import CARD_FILE, PLOT_FILE, is_about_others, is_unedited, model_card
 from .saving import save_pretrained
 
 _WEIGHTS = re.compile(
@@ -157,10 +157,13 @@ def push_to_hub(
             if revision is not None and not revision.startswith("refs/pr/") and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             there = set(api.list_repo_files(repo_id, revision=revision))
-            if CARD_FILE in there and not overwrite_card and _is_edited(repo_id, revision, token, Path(temporary)):
+            edited = CARD_FILE in there and not overwrite_card and _edited_card(repo_id, revision, token, temporary)
+            if edited:
                 (folder / CARD_FILE).unlink()
+                others = is_about_others(edited, masks.fingerprint())
                 warnings.warn(
-                    f"The model card of {repo_id} was not written by px_hf, or was edited since, and stays as it is. "
+                    f"The model card of {repo_id} was not written by px_hf, or was edited since, and stays as it is"
+                    f"{', although it describes other masks than those pushed, such as another sparsity' * others}. "
                     "Pass overwrite_card=True to replace it.",
                     stacklevel=2,
                 )
@@ -234,9 +237,11 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def _is_edited(repo_id: str, revision: str | None, token: str | bool | None, temporary: Path) -> bool:
-    path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token, local_dir=temporary / "card")
-    return not is_unedited(Path(path).read_text(encoding="utf-8", errors="replace"))
+def _edited_card(repo_id: str, revision: str | None, token: str | bool | None, temporary: str) -> str:
+    """The card of the repository if it was edited, else an empty text."""
+    path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token, local_dir=Path(temporary, "card"))
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    return "" if is_unedited(text) else text or " "
 
 
 @contextmanager

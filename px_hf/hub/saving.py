@@ -7,7 +7,8 @@
 The folder holds what transformers (for a timm model: timm) would write, `config.json`, `model.safetensors` with the
 pruned weights as exact zeros and the image processor, and in `config.json` one more entry "px": where the zeros come
 from. `sparse/` holds the same model in fewer bytes, its masks and the weights that they keep (docs/COMPACT_FORMAT.md),
-which transformers loads too after `import px_hf`: `from_pretrained("out", subfolder="sparse")`.
+which transformers loads too after `import px_hf`: `from_pretrained("out", subfolder="sparse")`. It records the dense
+files, so that whoever reads it notices if another library has saved over them (`px_hf.compact.agreement`).
 
 A model from which units were taken (`px_hf.shrink`) is saved in the same way. If its config cannot say how wide it is,
 the entry "px" also holds the "structure" that `from_pretrained` builds; stock libraries then refuse the folder, since
@@ -20,7 +21,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..atomic import beside, remove
 from ..compact import write_compact
+from ..compact.dense import describe
 from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
+from ..model.adapters import require_merged
 from ..model.empty import build_empty
 from ..model.widths import structure_of
 from ..model.wrappers import inner_name, named_parameters, unwrap
@@ -75,6 +78,36 @@ def save_pretrained(
         InvalidArgumentError: the model is of neither library, or the provenance is not JSON.
         OutputExistsError: a file would be overwritten.
     """
+    _save(
+        model, masks, folder, _save_dense, image_processor=image_processor, provenance=provenance, overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
+
+
+def save_for_trainer(model: PreTrainedModel, masks: Masks, folder: str | os.PathLike[str]) -> None:
+    """`save_pretrained` into Trainer's output folder, with the dense file as Trainer itself is about to write it.
+
+    The compact copy records that file. It differs for TimmWrapper, which Trainer saves by other names than timm's.
+    """
+
+    def as_trainer(model: Any, state: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+        model.save_pretrained(folder)
+
+    _save(model, masks, folder, as_trainer, overwrite=True)
+
+
+def _save(
+    model: nn.Module,
+    masks: Masks,
+    folder: str | os.PathLike[str],
+    save_dense: Callable[[nn.Module, Mapping[str, Tensor], Path, int | str], None],
+    *,
+    image_processor: Any = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    require_merged(model, "px.save_pretrained")
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
         raise InvalidArgumentError(
@@ -96,8 +129,8 @@ def save_pretrained(
         sparse = unfinished / SPARSE_FOLDER
         sparse.mkdir(parents=True)
         state = _state(model, masks)
-        _save_dense(model, state, unfinished, max_shard_size)
-        write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size)
+        save_dense(model, state, unfinished, max_shard_size)
+        write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size, dense=describe(unfinished))
         if image_processor is not None:
             image_processor.save_pretrained(unfinished)
         config = json.loads((unfinished / CONFIG_NAME).read_text(encoding="utf-8"))

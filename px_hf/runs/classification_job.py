@@ -36,7 +36,7 @@ from .console import ClosingTable
 from .job import Job, MaskSource, Say, Scores
 from .pruning_arguments import PruneArguments
 from .saved_model import load as load_teacher
-from .sparse_backbone import is_sparse, kept_masks
+from .sparse_backbone import CARRIED, has_zeros, kept_masks, says_sparse
 
 
 @dataclass(eq=False)
@@ -114,7 +114,9 @@ class ClassificationJob(Job):
         if args.keep_masks:
             masks, how = kept_masks(self.model_args, model)
             return MaskSource(told | how, lambda: masks)
-        if is_sparse(model.config):
+        if says_sparse(model.config) and not has_zeros(model, model.config):
+            say(f"{self.model_args.short_name()}: {CARRIED}")
+        elif says_sparse(model.config):
             say("The backbone is sparse already. It is pruned anew; --keep_masks would keep its masks.")
         batches = self.calibration()
 

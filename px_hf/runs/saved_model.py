@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import timm
@@ -16,10 +17,13 @@ import px_hf as px
 
 from ..compact.files import find
 from ..model.example import default_example
+from .sparse_backbone import CARRIED, has_zeros, holds_masks, says_sparse
 
 
 def load(name: str, trust_remote_code: bool = False) -> nn.Module:
     """The model of a folder or Hub repository, in eval mode: by px_hf if px_hf wrote it, else by its own library.
+
+    A config that says "pruned" beside a dense model without masks was carried there by stock saving, and is warned of.
 
     Raises:
         CheckpointError: there is none, or it cannot be loaded.
@@ -29,16 +33,20 @@ def load(name: str, trust_remote_code: bool = False) -> nn.Module:
         raise px.CheckpointError(f"{name!r} holds no {CONFIG_NAME}: it is no saved model.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if "px" in config:
+        if holds_masks(name):
             return px.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
         if "architecture" in config and "model_type" not in config:
             source = "local-dir" if Path(name).is_dir() else "hf-hub"
-            return timm.create_model(f"{source}:{name}", pretrained=True).eval()
-        return AutoModelForImageClassification.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
+            model: nn.Module = timm.create_model(f"{source}:{name}", pretrained=True)
+        else:
+            model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, px.PxError):
             raise
         raise px.CheckpointError(f"Cannot load {name!r}: {type(error).__name__}: {error}") from error
+    if says_sparse(config) and not has_zeros(model, config):
+        warnings.warn(f"{name}: {CARRIED}", stacklevel=2)
+    return model.eval()
 
 
 def example(name: str, model: nn.Module, image_size: int | None = None) -> Tensor:

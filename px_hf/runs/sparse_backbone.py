@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import px_hf as px
 
+from ..compact.files import find, find_compact
 from ..hub.saving import OF_MASKS
 from ..hub.timm_models import WRAPPER_PREFIX
+from ..masks_file import MASKS_FILE
 from .arguments import ModelArguments
 
+CARRIED = (
+    "its config says that px_hf pruned it, an entry that stock saving carries along, but its weights do not have "
+    "those zeros: it is taken as an ordinary dense model."
+)
 
-def is_sparse(config: PreTrainedConfig) -> bool:
-    """Whether the configuration says that px_hf pruned the model."""
-    told = getattr(config, "px", None) or {}
+
+def says_sparse(config: PreTrainedConfig | Mapping[str, Any]) -> bool:
+    """Whether the configuration says that px_hf pruned the model; whether it still is sparse, `has_zeros` says."""
+    told = _told(config)
     return told.get("weights_kept", 0) < told.get("weights", 0)
+
+
+def has_zeros(model: nn.Module, config: PreTrainedConfig | Mapping[str, Any]) -> bool:
+    """Whether most of the zeros are there that the configuration speaks of: a new head has none."""
+    told = _told(config)
+    promised = told.get("weights", 0) - told.get("weights_kept", 0)
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in model.parameters() if weight.dim() > 1)
+    return 2 * zeros >= promised
+
+
+def _told(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+    told = config.get("px") if isinstance(config, Mapping) else getattr(config, "px", None)
+    return told or {}
+
+
+def holds_masks(name: str, **download: Any) -> bool:
+    """Whether a folder or repository holds masks: a compact copy, or a file of masks.
+
+    Raises:
+        CheckpointError: there is no such folder or repository.
+    """
+    return find_compact(name, **download) is not None or find(name, MASKS_FILE, **download) is not None
 
 
 def read_masks(model_args: ModelArguments, config: PreTrainedConfig) -> px.Masks:
@@ -25,11 +56,15 @@ def read_masks(model_args: ModelArguments, config: PreTrainedConfig) -> px.Masks
     Raises:
         CheckpointError: it has none.
     """
-    hub = {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
-    masks = px.Masks.from_pretrained(model_args.model_name_or_path, **hub)
+    masks = px.Masks.from_pretrained(model_args.model_name_or_path, **download_of(model_args))
     if config.model_type != "timm_wrapper":
         return masks
     return px.Masks({f"{WRAPPER_PREFIX}{name.removeprefix(WRAPPER_PREFIX)}": mask for name, mask in masks.items()})
+
+
+def download_of(model_args: ModelArguments) -> dict[str, Any]:
+    """What of the arguments is for the download."""
+    return {key: value for key, value in model_args.hub().items() if key != "trust_remote_code"}
 
 
 def kept_masks(model_args: ModelArguments, model: PreTrainedModel) -> tuple[px.Masks, dict[str, Any]]:

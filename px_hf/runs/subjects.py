@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 import px_hf as px
@@ -18,7 +18,7 @@ from ..model.targets import head_modules
 from .arguments import FineTuneArguments, ModelArguments
 from .backbone import load_model
 from .pruning_arguments import ScoringArguments
-from .sparse_backbone import is_sparse, read_masks
+from .sparse_backbone import CARRIED, download_of, has_zeros, holds_masks, read_masks, says_sparse
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,13 @@ def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[li
     except (OSError, ValueError) as error:
         raise px.CheckpointError(f"Cannot load {model_args.model_name_or_path}: {error}") from error
     entry = getattr(config, "px", None) or {}
-    if not is_sparse(config):
+    carried = says_sparse(config) and _is_dense_again(model_args)
+    if carried or not says_sparse(config):
         if parent:
             raise px.InvalidArgumentError(
                 f"{model_args.model_name_or_path} is not a pruned model of px_hf: it has no parent."
             )
-        return [Subject("dense", "dense", model_args)], []
+        return [Subject("dense", "dense", model_args)], [f"{model_args.short_name()}: {CARRIED}"] * carried
 
     masks = read_masks(model_args, config)
     model = Subject(f"pruned {_percent(masks)}", "pruned", model_args, masks)
@@ -107,6 +108,15 @@ def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[li
             "random mask have not."
         )
     return [dense, model], notes
+
+
+def _is_dense_again(model_args: ModelArguments) -> bool:
+    """Whether a model that its config calls pruned has neither masks nor their zeros."""
+    if holds_masks(model_args.model_name_or_path, **download_of(model_args)):
+        return False
+    with _quiet_loading():
+        model = AutoModelForImageClassification.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    return not has_zeros(model, model.config)
 
 
 def prune(

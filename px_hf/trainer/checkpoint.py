@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..hub.card import TAGS
-from ..hub.saving import save_pretrained
+from ..hub.saving import save_for_trainer
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.adapters import plain_paths
@@ -42,7 +42,7 @@ def save_for_push(args: TrainingArguments, model: nn.Module, masks: Masks) -> No
         return
     if not args.should_save or not isinstance(model, PreTrainedModel):
         return
-    save_pretrained(model, masks, args.output_dir or ".", overwrite=True)
+    save_for_trainer(model, masks, args.output_dir or ".")
     config = json.loads(Path(args.output_dir or ".", CONFIG_NAME).read_text(encoding="utf-8"))
     model.config.px = config["px"]  # Trainer is about to write the model's own config
     model.add_model_tags(list(TAGS))
