@@ -523,7 +523,7 @@ def test_the_schedule_has_its_own_rounds_and_is_in_the_name() -> None:
     for more, rounds in (([], 20), (["--schedule", "gradual"], 8), (["--schedule", "gradual", "--rounds", "5"], 5)):
         *_, prune, training = prune_finetune.parse(more)
         assert prune.rounds == rounds
-        assert training.output_dir == "outputs/resnet-digits-px-active90" + "-gradual" * bool(more)
+        assert training.output_dir == "outputs/resnet-digits-" + ("px-balanced90-gradual" if more else "px-active90")
 
 
 def test_the_example_settings_are_for_the_embedded_digits_only() -> None:

@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
     if prune.dense:
         prune.criterion, prune.power, prune.sparsity, prune.compare_dense = "magnitude", None, 0.0, False
         prune.min_layer_density, prune.control, prune.scope = 0.0, "none", None
-    prune.scope = prune.scope or px.CRITERIA[prune.criterion].scope
+    prune.scope = prune.scope or px.CRITERIA[prune.criterion_name].scope
     prune.check()
     training.name_output(model=Path(model.model_name_or_path).name, data=data.short_name(), mask=prune.short_name())
     return model, data, prune, training

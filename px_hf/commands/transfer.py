@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, TransferArguments, FineT
         raise px.InvalidArgumentError("--prune_on mix needs --examples_per_class of 2 or more: half of them are used.")
     if "mix" in args.prune_on and args.criterion_object().needs_labels:
         raise px.InvalidArgumentError(
-            f"{args.criterion} needs labels, and those of a mix belong to two heads: --prune_on source target."
+            f"{args.criterion_name} needs labels, and those of a mix belong to two heads: --prune_on source target."
         )
     check_sparsity(args.sparsity)
     return model_args, args, training

@@ -21,6 +21,7 @@ def plot(lines: Iterable[Line], path: Path) -> None:
     tasks = in_order(lines, task_of)
     measures = [m for m in MEASURES if any(line.get(m) is not None for line in lines)]
     methods = [m for m in in_order(lines, method_of) if m != DENSE]
+    partners = list(dict.fromkeys(map(_before_training, methods)))
     panels = [(task, measure) for task in tasks for measure in measures]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -35,13 +36,15 @@ def plot(lines: Iterable[Line], path: Path) -> None:
                 handles[DENSE] = axes.axhline(
                     100 * statistics.mean(dense), color=drawing.DENSE, linestyle="--", linewidth=1
                 )
-            for index, method in enumerate(methods):
+            for method in methods:
+                partner = _before_training(method)
                 found = [(_place(s), v) for s in sparsities if (v := values_of(here, method, s, measure))]
                 drawn = axes.errorbar(
                     [x for x, _ in found],
                     [100 * statistics.mean(v) for _, v in found],
                     [100 * statistics.stdev(v) if len(v) > 1 else 0 for _, v in found],
-                    elinewidth=0.8, capsize=2, **drawing.line_style(index),
+                    elinewidth=0.8, capsize=2, **drawing.line_style(partners.index(partner)),
+                    linestyle="--" if partner == method and len(partners) < len(methods) else "-",
                 )  # fmt: skip
                 handles.setdefault(method, drawn)
             axes.xaxis.set_major_locator(FixedLocator([_place(s) for s in sparsities]))
@@ -54,6 +57,11 @@ def plot(lines: Iterable[Line], path: Path) -> None:
         for axes in grid:  # what is left of the last row
             axes.set_visible(False)
         figure.legend(list(handles.values()), list(handles), loc="outside right center")
+
+
+def _before_training(method: str) -> str:
+    """The method without its schedule: both have one colour, and that which prunes before training is dashed."""
+    return ":".join(setting for setting in method.split(":") if not setting.startswith(("schedule=", "until=")))
 
 
 def _place(sparsity: float) -> float:

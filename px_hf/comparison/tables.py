@@ -43,6 +43,8 @@ def markdown(lines: Iterable[Line]) -> str:
                 if method == DENSE:
                     continue
                 cells = [mean_and_spread(values_of(here, method, s, measure)) for s in sparsities]
+                if not any(cells):  # what prunes while it is fine-tuned has no accuracy before
+                    continue
                 costs = [line["forward_units"] for line in here if method_of(line) == method]
                 parts.append(f"| {method} | {' | '.join(cells)} | {max(costs):,.0f} |")
             parts.append("")

@@ -17,8 +17,11 @@ from ..model.inputs import Batches
 from ..scopes import as_scope, check_sparsity
 
 ONE_SHOT = SCHEDULES[0]
-ROUNDS = 20
+CRITERION, ROUNDS = "px-active", 20
 """By default, before training."""
+
+GRADUAL_CRITERION = "px-balanced"
+"""By default, while training: docs/RESULTS.md."""
 
 TEACHER_DENSE = "dense"
 """As `--distill`: the dense network of the same run."""
@@ -28,8 +31,9 @@ TEACHER_DENSE = "dense"
 class ScoringArguments:
     """How weights are ranked for pruning."""
 
-    criterion: str = field(
-        default="px-active", metadata={"help": "How weights are scored.", "choices": list(px.CRITERIA)}
+    criterion: str | None = field(
+        default=None,
+        metadata={"help": f"How weights are scored. Default: {CRITERION}.", "choices": list(px.CRITERIA)},
     )
     power: float | None = field(
         default=None, metadata={"help": "Exponent of the path flow in the px criteria: 1 = the paper, 0 = magnitude."}
@@ -68,6 +72,11 @@ class ScoringArguments:
         return ROUNDS
 
     @property
+    def criterion_name(self) -> str:
+        """What weights are scored by, also where nobody says it."""
+        return self.criterion or CRITERION
+
+    @property
     def takes_out_units(self) -> bool:
         """Whether the scope is one of whole units, which leave a smaller model."""
         return self.scope is not None and as_scope(self.scope).whole_units
@@ -78,11 +87,11 @@ class ScoringArguments:
         Raises:
             InvalidArgumentError: `power` for a criterion that takes none.
         """
-        criterion = px.CRITERIA[self.criterion]
+        criterion = px.CRITERIA[self.criterion_name]
         if self.power is None:
             return criterion
         if not isinstance(criterion, px.PX):
-            raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion}.")
+            raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion_name}.")
         return replace(criterion, power=self.power)
 
     def find_masks(self, model: nn.Module, batches: Batches, sparsity: float, progress: bool) -> px.Masks:
@@ -105,6 +114,13 @@ class ScoringArguments:
 class SparsityArguments(ScoringArguments):
     """How far one network is pruned and when, and whether the unpruned one is trained beside it."""
 
+    criterion: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How weights are scored. Default: {CRITERION}, with --schedule gradual {GRADUAL_CRITERION}.",
+            "choices": list(px.CRITERIA),
+        },
+    )
     rounds: int | None = field(
         default=None,
         metadata={
@@ -138,6 +154,10 @@ class SparsityArguments(ScoringArguments):
     def default_rounds(self) -> int:
         return GRADUAL_ROUNDS if self.gradual else ROUNDS
 
+    @property
+    def criterion_name(self) -> str:
+        return self.criterion or (GRADUAL_CRITERION if self.gradual else CRITERION)
+
     def check(self) -> None:
         """Find out before any work what `px.prune` would refuse.
 
@@ -167,7 +187,7 @@ class SparsityArguments(ScoringArguments):
             "criterion": repr(self.criterion_object()),
             "sparsity_asked": self.sparsity,
             "rounds": self.rounds,
-            "scope": self.scope or px.CRITERIA[self.criterion].scope,
+            "scope": self.scope or px.CRITERIA[self.criterion_name].scope,
             "min_layer_density": self.min_layer_density,
             "prune_head": self.prune_head,
         }
@@ -245,7 +265,7 @@ class PruneArguments(SparsityArguments):
         """As in the name of the output folder: px-active90, magnitude80-shuffle, dense, kept."""
         if self.keep_masks or self.dense:
             return "kept" if self.keep_masks else "dense"
-        name = f"{self.criterion}{100 * self.sparsity:g}"
+        name = f"{self.criterion_name}{100 * self.sparsity:g}"
         name += f"-{self.scope}".replace(":", "-") if self.takes_out_units else ""
         name += f"-{self.schedule}" if self.gradual else ""
         return name if self.control == "none" else f"{name}-{self.control}"
