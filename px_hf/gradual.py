@@ -27,31 +27,23 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import is_dataclass
-from fractions import Fraction
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .criteria import Criterion
 from .distributed import processes, same_everywhere
-from .errors import CheckpointError, DataError, InvalidArgumentError, LaunchError
+from .errors import CheckpointError, DataError, LaunchError
 from .keep import MaskKeeper, unwrapped_optimizer
 from .masks import Masks
 from .model.inputs import Batches, inputs_of
 from .model.undisturbed import undisturbed
 from .model.wrappers import unwrap
-from .prune import Rounds, check_settings
+from .plan import ROUNDS, UNTIL, Plan
+from .prune import Rounds
 from .scopes import Scope
-
-SCHEDULES: Final = ("one-shot", "gradual")
-"""Pruned before fine-tuning, or in rounds during its first part."""
-
-ROUNDS: Final = 8
-UNTIL: Final = 0.5
-"""Defaults, chosen on validation splits: docs/RESULTS.md."""
 
 
 def gradual_pruning(
@@ -115,16 +107,15 @@ def gradual_pruning(
         CheckpointError: ``state`` is of other settings, or the model does not have its zeros.
         LaunchError: the processes hold different models.
     """
-    return GradualPruner(
-        optimizer, model, batches, criterion, sparsity=sparsity, total_steps=total_steps, rounds=rounds, until=until,
-        scope=scope, prune_head=prune_head, min_layer_density=min_layer_density, state=state,
-    )  # fmt: skip
+    plan = Plan(criterion, sparsity, rounds, until, scope, prune_head, min_layer_density)
+    return GradualPruner(optimizer, model, batches, plan, total_steps, state=state)
 
 
 class GradualPruner:
-    """What `gradual_pruning` returns, whose arguments it takes.
+    """What `gradual_pruning` returns, which has the meaning of the arguments.
 
-    `count_steps`: make the rounds when the optimizer has made the steps; False: whoever trains calls `reach`.
+    Args:
+        count_steps: make the rounds when the optimizer has made the steps; False: whoever trains calls `reach`.
     """
 
     def __init__(
@@ -132,40 +123,24 @@ class GradualPruner:
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         batches: Batches,
-        criterion: Criterion,
-        *,
-        sparsity: float,
+        plan: Plan,
         total_steps: int,
-        rounds: int = ROUNDS,
-        until: float = UNTIL,
-        scope: str | Scope | None = None,
-        prune_head: bool = False,
-        min_layer_density: float = 0.0,
+        *,
         state: Mapping[str, Any] | None = None,
         count_steps: bool = True,
     ) -> None:
         self._model, self._optimizer = model, unwrapped_optimizer(optimizer)
         self._steps = 0
-        check_settings(criterion, sparsity, rounds, scope, min_layer_density)
-        self._at = round_steps(rounds, until, total_steps)
+        self._at = plan.steps(total_steps)
         require_own(batches)
         with undisturbed(model, batches):
             self._rounds = Rounds(
-                model, batches, criterion, sparsity=sparsity, rounds=rounds, scope=scope, prune_head=prune_head,
-                min_layer_density=min_layer_density, repeat=True,
+                model, batches, plan.criterion, sparsity=plan.sparsity, rounds=plan.rounds, scope=plan.scope,
+                prune_head=plan.prune_head, min_layer_density=plan.min_layer_density, repeat=True,
             )  # fmt: skip
-            if criterion.needs_data:  # a resumed run would only meet them at its next round
+            if plan.criterion.needs_data:  # a resumed run would only meet them at its next round
                 next(inputs_of(batches, unwrap(model)))
-        self._settings: dict[str, Any] = {
-            "criterion": repr(criterion) if is_dataclass(criterion) else type(criterion).__name__,
-            "sparsity": sparsity,
-            "rounds": rounds,
-            "until": until,
-            "scope": self._rounds.scope.name,
-            "prune_head": prune_head,
-            "min_layer_density": min_layer_density,
-            "total_steps": total_steps,
-        }
+        self._settings = plan.describe(self._rounds.scope, total_steps)
         dense = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in self._rounds.targets.items()}
         self._keeper = MaskKeeper(optimizer, model, Masks(dense), when_loaded=False)  # masks of then come next
         self._active = True
@@ -345,43 +320,3 @@ def _samplers(loader: Any) -> set[int]:
             found[id(it)] = it
             waiting += [getattr(it, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
     return set(found)
-
-
-def check_until(until: float) -> float:
-    """`until` as a float in (0, 1].
-
-    Raises:
-        InvalidArgumentError: it is not one.
-    """
-    try:
-        value = float(until)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not 0 < value <= 1 or isinstance(until, bool):
-        raise InvalidArgumentError(
-            f"until={until!r}: expected the share of the training steps after which the last round is made, in (0, 1]."
-        )
-    return value
-
-
-def round_steps(rounds: int, until: float, total_steps: int) -> tuple[int, ...]:
-    """How many steps have been made at each round, rising from 0 to `⌊until · total_steps⌋`; for one round (0,).
-
-    `until` is read as the decimal number it prints as.
-
-    Raises:
-        InvalidArgumentError: a setting is out of range, or two rounds would fall on the same step.
-    """
-    check_until(until)
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise InvalidArgumentError(f"total_steps={total_steps!r}: expected a whole number of optimizer steps ≥ 1.")
-    if rounds == 1:
-        return (0,)
-    last = int(Fraction(repr(float(until))) * total_steps)
-    if rounds - 1 > last or rounds > total_steps:
-        raise InvalidArgumentError(
-            f"rounds={rounds} do not fit into training: until={until!r} of total_steps={total_steps} leaves {last} "
-            f"step(s) between the first round and the last, and each round but the first needs one. Expected at most "
-            f"{min(last + 1, total_steps)} rounds: use fewer, train longer, or raise until."
-        )
-    return tuple(t * last // (rounds - 1) for t in range(rounds))

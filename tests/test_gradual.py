@@ -28,9 +28,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 import px_hf as px
 from px_hf.errors import CheckpointError, DataError, InvalidArgumentError, TargetError
-from px_hf.gradual import GradualPruner, round_steps
+from px_hf.gradual import GradualPruner
 from px_hf.keep import keep_masks
 from px_hf.model.targets import prunable
+from px_hf.plan import Plan, round_steps
 from px_hf.trainer.gradual_pruning import GradualPruning
 from px_hf.trainer.keep_masks import KeepMasks
 
@@ -336,7 +337,7 @@ def test_a_round_touches_nothing_else() -> None:
     model.norm.eval()
     optimizer = adamw(model)
     pruner = GradualPruner(
-        optimizer, model, Augmented(), px.GemMiner(epochs=1), sparsity=0.5, total_steps=4, rounds=3, count_steps=False
+        optimizer, model, Augmented(), Plan(px.GemMiner(epochs=1), sparsity=0.5, rounds=3), 4, count_steps=False
     )
     loss_of(model, 0).backward()
     before = copy.deepcopy(model.state_dict())

@@ -22,6 +22,7 @@ FLOORS = [
     ["scopes"],
     ["select"],
     ["prune"],
+    ["plan"],
     ["gradual"],
     ["hub"],
     ["trainer"],

@@ -11,7 +11,7 @@ from typing import Any
 import px_hf as px
 
 from ..controls import CONTROLS
-from ..gradual import ROUNDS, SCHEDULES, UNTIL, check_until
+from ..plan import ROUNDS, SCHEDULES, UNTIL, check_until
 from ..scopes import as_scope
 
 DENSE = "dense"

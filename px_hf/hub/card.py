@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..downstream.page import markdown, model_index
 from ..errors import InvalidArgumentError, listed
-from ..gradual import SCHEDULES
 from ..masks_file import MASKS_FILE
+from ..plan import SCHEDULES
 from ..report import Report
 
 CARD_FILE = "README.md"

@@ -11,9 +11,9 @@ import px_hf as px
 
 from ..controls import CONTROLS
 from ..distillation import Distillation
-from ..gradual import ROUNDS as GRADUAL_ROUNDS
-from ..gradual import SCHEDULES, UNTIL, check_until
 from ..model.inputs import Batches
+from ..plan import ROUNDS as GRADUAL_ROUNDS
+from ..plan import SCHEDULES, UNTIL, check_until
 from ..scopes import as_scope, check_sparsity
 
 ONE_SHOT = SCHEDULES[0]

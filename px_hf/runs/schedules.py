@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 import px_hf as px
 
-from ..gradual import round_steps
+from ..plan import round_steps
 from .job import Job, MaskSource, Say
 from .pruning_run import PruningRun
 

@@ -20,12 +20,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..criteria import Criterion
 from ..errors import CheckpointError, InvalidArgumentError
-from ..gradual import ROUNDS, UNTIL, GradualPruner, check_until, require_own
+from ..gradual import GradualPruner, require_own
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.inputs import Batches
 from ..model.wrappers import unwrap
-from ..prune import check_settings
+from ..plan import ROUNDS, UNTIL, Plan
 from ..scopes import Scope
 from .checkpoint import checkpoint_folder, save_for_push, save_in_checkpoint
 
@@ -83,18 +83,9 @@ class GradualPruning(TrainerCallback):
         prune_head: bool = False,
         min_layer_density: float = 0.0,
     ) -> None:
-        check_settings(criterion, sparsity, rounds, scope, min_layer_density)
-        check_until(until)
+        self._plan = Plan(criterion, sparsity, rounds, until, scope, prune_head, min_layer_density)
         require_own(batches)
-        self._criterion, self._batches = criterion, batches
-        self._settings: dict[str, Any] = {
-            "sparsity": sparsity,
-            "rounds": rounds,
-            "until": until,
-            "scope": scope,
-            "prune_head": prune_head,
-            "min_layer_density": min_layer_density,
-        }
+        self._batches = batches
         self._pruner: GradualPruner | None = None
         self._masks: Masks | None = None
         self._finished = False
@@ -126,7 +117,7 @@ class GradualPruning(TrainerCallback):
     @property
     def rounds(self) -> int:
         """T, how many rounds there are to be."""
-        return int(self._settings["rounds"])
+        return self._plan.rounds
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,9 +129,8 @@ class GradualPruning(TrainerCallback):
         saved = self._saved(args, state, model) if state.global_step > 0 else None
         self._masks, self._finished, self._made = None, False, 0
         self._pruner = GradualPruner(
-            kwargs["optimizer"], model, self._batches, self._criterion, total_steps=state.max_steps, state=saved,
-            count_steps=False, **self._settings,
-        )  # fmt: skip
+            kwargs["optimizer"], model, self._batches, self._plan, state.max_steps, state=saved, count_steps=False
+        )
         self._record(state)
 
     def on_step_end(
