@@ -166,7 +166,7 @@ def test_adapters_without_a_peft_model() -> None:
     assert not masks.revived(model)
     with pytest.raises(px.TargetError, match="is no PeftModel"):
         px.merge_lora_(model, masks)
-    with pytest.raises(px.TargetError, match="inside a layer of peft"):
+    with pytest.raises(px.TargetError, match="holds adapters of peft"):
         px.save_pretrained(model, masks, "nowhere")
 
 
