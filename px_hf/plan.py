@@ -9,7 +9,7 @@ from typing import Any, Final
 from .criteria import Criterion
 from .errors import InvalidArgumentError
 from .prune import check_settings
-from .scopes import Scope
+from .scopes import Scope, as_number
 
 SCHEDULES: Final = ("one-shot", "gradual")
 """Pruned before fine-tuning, or in rounds during its first part."""
@@ -64,10 +64,7 @@ def check_until(until: float) -> float:
     Raises:
         InvalidArgumentError: it is not one.
     """
-    try:
-        value = float(until)
-    except (TypeError, ValueError):
-        value = float("nan")
+    value = as_number(until)
     if not 0 < value <= 1 or isinstance(until, bool):
         raise InvalidArgumentError(
             f"until={until!r}: expected the share of the training steps after which the last round is made, in (0, 1]."

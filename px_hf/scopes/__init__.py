@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import InvalidArgumentError
-from .base import Scope, Step, check_min_layer_density, check_sparsity
+from .base import Scope, Step, as_number, check_min_layer_density, check_sparsity
 from .n_of_m import NOfM
 from .units import Units
 from .weights import Global, Layer, Row
@@ -36,6 +36,7 @@ __all__ = [
     "Scope",
     "Step",
     "Units",
+    "as_number",
     "as_scope",
     "check_min_layer_density",
     "check_sparsity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,16 +134,21 @@ class Scope(ABC):
         """
 
 
+def as_number(setting: object) -> float:
+    """A setting as a float; NaN, which lies in no range, if it is no number."""
+    try:
+        return float(setting)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def check_sparsity(sparsity: float) -> float:
     """``sparsity`` as a float in [0, 1).
 
     Raises:
         InvalidArgumentError: it is not one.
     """
-    try:
-        value = float(sparsity)
-    except (TypeError, ValueError):
-        value = float("nan")
+    value = as_number(sparsity)
     if not 0 <= value < 1 or isinstance(sparsity, bool):
         raise InvalidArgumentError(
             f"sparsity is the fraction of weights to prune and must be in [0, 1), got {sparsity!r}. "
@@ -157,10 +163,7 @@ def check_min_layer_density(min_layer_density: float, sparsity: float) -> float:
     Raises:
         InvalidArgumentError: it is not one.
     """
-    try:
-        value = float(min_layer_density)
-    except (TypeError, ValueError):
-        value = float("nan")
+    value = as_number(min_layer_density)
     if not 0 <= value <= 1 - sparsity + 1e-12:
         raise InvalidArgumentError(
             f"min_layer_density={min_layer_density!r}: expected a fraction in [0, {1 - sparsity:.6g}]: no layer can "
