@@ -25,7 +25,9 @@ network is always one of the rows. For each cell:
 3. Fine-tune all weights that are left, order and augmentation of the data by the seed; accuracy at the end. There is
    no early stopping: nothing is chosen on the split that is reported.
 
-Tune on `--report_on validation`, report on `test`. Cost is that of scoring alone, in forward passes of one image.
+Every cell is measured on the validation and the test split. Given several `--learning_rate`s, each method takes the
+one that is best on validation, at each sparsity; tables show the test split (`--report_on`) and the rate. Cost is that
+of scoring alone, in forward passes of one image.
 """
 
 from px_hf.commands import run

@@ -56,12 +56,13 @@ def whole(folder: Path) -> list[dict[str, Any]]:  # noqa: F811
 def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
     assert len(whole) == 2 * (1 + 2 * len(METHODS))
     for line in whole:
-        assert 0 <= line["zero_shot"] <= 1
-        assert 0 <= line["fine_tuned"] <= 1
+        for measure in ("zero_shot", "fine_tuned"):
+            assert line[measure].keys() == {"validation", "test"}
+            assert all(0 <= accuracy <= 1 for accuracy in line[measure].values())
         assert line["key"]["model"] == "backbone"
         assert line["key"]["dataset"] == "digits"
     of = {(line["key"]["method"], line["key"]["sparsity"], line["key"]["seed"]): line for line in whole}
-    assert of["dense", 0.0, 0]["fine_tuned"] > 0.15  # 300 images, six steps
+    assert of["dense", 0.0, 0]["fine_tuned"]["test"] > 0.15  # 300 images, six steps
     assert of["magnitude", 0.5, 0]["masks"] == of["magnitude", 0.5, 1]["masks"]
     assert of["snip:rounds=1", 0.5, 0]["masks"] != of["snip:rounds=1", 0.5, 1]["masks"]  # other images, other head
     assert of["magnitude", 0.5, 0]["forward_units"] == 0
@@ -72,7 +73,7 @@ def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> Non
     table = (folder / "whole" / "results.md").read_text()
     assert "### backbone on digits, fine-tuned" in table
     assert table.count("| snip:rounds=1 |") == 4  # fine-tuned and not, and once more over both sparsities
-    values = [100 * of["magnitude", 0.9, seed]["fine_tuned"] for seed in (0, 1)]
+    values = [100 * of["magnitude", 0.9, seed]["fine_tuned"]["test"] for seed in (0, 1)]
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in table
 
 
@@ -86,6 +87,53 @@ def test_gradual_methods(folder: Path) -> None:  # noqa: F811
     assert of["magnitude:schedule=gradual:rounds=2"]["masks"] != of["magnitude"]["masks"]
     assert of["snip:schedule=gradual:rounds=3"]["forward_units"] > 3 * 2 * 30
     assert "| snip:schedule=gradual:rounds=3 |" in (folder / "gradual" / "results.md").read_text()
+
+
+def test_the_rate_is_chosen_on_validation_and_the_test_split_is_reported(folder: Path) -> None:  # noqa: F811
+    """Cells of both rates are computed; tables show one of them for each method, and which."""
+    more = ["--methods", "magnitude", "--sparsities", "0.5", "--seeds", "0", "--learning_rate", "2e-3", "1e-9"]
+    compare_criteria.main([*settings(folder, "rates"), *more])
+    found = lines(folder / "rates")
+    assert len(found) == 2 * 2
+    best = next(
+        line for line in found if line["key"]["method"] == "magnitude" and line["key"]["learning_rate"] == 2e-3
+    )
+    accuracy = 100 * best["fine_tuned"]["test"]
+    assert f"| magnitude | {accuracy:.1f} @ 0.002 |" in (folder / "rates" / "results.md").read_text()
+
+
+CHOICES = [  # rate -> seed -> (validation, test); the rate that is shown
+    ({1.0: {0: (0.5, 0.9)}, 2.0: {0: (0.6, 0.1)}}, 2.0),
+    ({1.0: {0: (0.7, 0.1), 1: (0.1, 0.1)}, 2.0: {0: (0.5, 0.9), 1: (0.5, 0.9)}}, 2.0),
+    ({1.0: {0: (0.5, 0.5)}, 2.0: {0: (0.4, 0.5), 1: (1.0, 1.0)}}, 1.0),  # by seed 0 alone, which both have
+    ({1.0: {0: (0.9, 0.9)}, 2.0: {1: (0.1, 0.1), 2: (0.1, 0.1)}}, 2.0),  # they share none
+]
+
+
+@pytest.mark.parametrize(("measured", "chosen"), CHOICES)
+def test_the_rate_that_is_shown(measured: dict[float, dict[int, tuple[float, float]]], chosen: float) -> None:
+    found = [
+        {
+            "key": {
+                "model": "m",
+                "dataset": "d",
+                "method": "lamp",
+                "sparsity": 0.5,
+                "seed": seed,
+                "learning_rate": rate,
+            },
+            "fine_tuned": {"validation": validation, "test": test},
+            "zero_shot": None,
+        }
+        for rate, seeds in measured.items()
+        for seed, (validation, test) in seeds.items()
+    ]
+    shown = results.reported(found, "test")
+    assert {line["key"]["learning_rate"] for line in shown} == {chosen}
+    assert {line["key"]["seed"]: line["fine_tuned"] for line in shown} == {
+        s: t for s, (_, t) in measured[chosen].items()
+    }
+    assert all(line["zero_shot"] is None and line["rates"] == 2 for line in shown)
 
 
 def test_the_picture_is_not_blank(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
@@ -163,8 +211,8 @@ def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -
     assert measures.accuracy(model, task.test) > 0.5
     fresh = task.dense_model(0, "random", torch.device("cpu"))
     assert measures.accuracy(fresh, task.test) < 0.4
-    zero_shot = measures.zero_shot(task, fresh, task.test)
-    assert zero_shot == measures.accuracy(model, task.test)
+    zero_shot = measures.zero_shot(task, fresh, {"test": task.test})
+    assert zero_shot == {"test": measures.accuracy(model, task.test)}
     assert measures.accuracy(fresh, task.test) < 0.4  # its own head is back
 
 
@@ -202,7 +250,7 @@ def test_recalibrated_statistics_are_those_of_the_pruned_network() -> None:
     assert first.normalization.momentum == 0.1
 
 
-BUDGET = compare_criteria.CompareArguments(random_shift=True, horizontal_flip=True).budget()
+(BUDGET,) = compare_criteria.CompareArguments(random_shift=True, horizontal_flip=True).budgets()
 
 
 def test_augmentation_shifts_and_mirrors() -> None:
@@ -308,7 +356,7 @@ def test_over_all_tasks_and_sparsities() -> None:
 
     def line(method: str, dataset: str, sparsity: float, seed: int, accuracy: float) -> dict[str, Any]:
         key = {"method": method, "model": "m", "dataset": dataset, "sparsity": sparsity, "seed": seed}
-        return {"key": {**key, "report_on": "test"}, "fine_tuned": accuracy, "forward_units": 1.0}
+        return {"key": key, "split": "test", "rates": 1, "fine_tuned": accuracy, "forward_units": 1.0}
 
     found = [
         line("dense", "a", 0.0, 0, 0.99),

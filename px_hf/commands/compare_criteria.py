@@ -31,7 +31,7 @@ from ..comparison.cell import Cell, run_cell
 from ..comparison.figure import plot
 from ..comparison.method import Method
 from ..comparison.prepared_task import prepare, short
-from ..comparison.results import append_line, read_lines
+from ..comparison.results import append_line, read_lines, reported
 from ..comparison.tables import markdown
 from ..runs.arguments import EXAMPLE_MODEL
 from ..runs.parsing import parse_groups
@@ -72,7 +72,8 @@ class CompareArguments:
     )
     report_only: bool = field(default=False, metadata={"help": "Only write tables and plot of the cells there are."})
     report_on: str = field(
-        default="test", metadata={"help": "Split of the accuracies.", "choices": ["test", "validation"]}
+        default="test",
+        metadata={"help": "Split of the tables; both are measured.", "choices": ["test", "validation"]},
     )
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of each class split off where there is no validation split."}
@@ -95,16 +96,22 @@ class CompareArguments:
     optimizer: str = field(
         default="adamw", metadata={"help": "SGD has Nesterov momentum 0.9.", "choices": ["adamw", "sgd"]}
     )
-    learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak: a tenth of the steps up, then down on a cosine. Gradients are clipped."}
+    learning_rate: list[float] = field(
+        default_factory=lambda: [2e-3],
+        metadata={
+            "help": "Peak: a tenth of the steps up, then down on a cosine. Of several, each method takes the best "
+            "on the validation split, at each sparsity."
+        },
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Of the optimizer."})
     random_shift: bool = field(default=False, metadata={"help": "Train on images shifted by up to an eighth."})
     horizontal_flip: bool = field(default=False, metadata={"help": "Train on mirrored images too. Not for digits."})
     bf16: bool = field(default=False, metadata={"help": "Fine-tune and evaluate under bfloat16 autocast."})
 
-    def budget(self) -> Budget:
-        return Budget(**{f.name: getattr(self, f.name) for f in fields(Budget)})
+    def budgets(self) -> list[Budget]:
+        """One for each learning rate."""
+        same = {f.name: getattr(self, f.name) for f in fields(Budget) if f.name != "learning_rate"}
+        return [Budget(learning_rate=rate, **same) for rate in self.learning_rate]
 
 
 def main(argv: list[str]) -> None:
@@ -151,8 +158,8 @@ def compare(argv: list[str], recipe: str, criteria: Mapping[str, px.Criterion], 
 
 def plan(args: CompareArguments, methods: Sequence[Method]) -> Iterator[Cell]:
     """All cells, one seed after the other, so that an unfinished run has whole rows."""
-    budget = args.budget()
-    for seed, model, data in itertools.product(args.seeds, args.model_name_or_path, args.dataset_name):
+    tasks = list(itertools.product(args.model_name_or_path, args.dataset_name))
+    for seed, (model, data), budget in itertools.product(args.seeds, tasks, args.budgets()):
         yield Cell(short(model), short(data), None, 0.0, seed, budget)
         for sparsity, method in itertools.product(args.sparsities, methods):
             yield Cell(short(model), short(data), method, sparsity, seed, budget)
@@ -166,14 +173,14 @@ def check(args: CompareArguments, methods: Sequence[Method]) -> None:
     """
     for sparsity in args.sparsities:
         check_sparsity(sparsity)
-    for name in ("methods", "sparsities", "seeds", "model_name_or_path", "dataset_name"):
+    for name in ("methods", "sparsities", "seeds", "model_name_or_path", "dataset_name", "learning_rate"):
         given = [short(value) if isinstance(value, str) else value for value in getattr(args, name)]
         if len(set(given)) < len(given):
             raise px.InvalidArgumentError(f"--{name} names the same twice: {' '.join(map(str, given))}.")
     for name, least in (("workers", 1), ("batch_size", 1), ("examples_per_class", 1), ("scoring_batch_size", 1)):
         if getattr(args, name) < least:
             raise px.InvalidArgumentError(f"--{name} is {getattr(args, name)}; expected at least {least}.")
-    if args.num_train_epochs < 0 or not args.learning_rate > 0:
+    if args.num_train_epochs < 0 or not min(args.learning_rate) > 0:
         raise px.InvalidArgumentError("--num_train_epochs must be at least 0 and --learning_rate above 0.")
     gradual = [method.text for method in methods if method.gradual]
     if gradual and not args.num_train_epochs:
@@ -233,11 +240,12 @@ def quiet() -> None:
 
 
 def report(args: CompareArguments, out: Path) -> None:
-    """Tables and plot of all cells of this budget, also of earlier commands."""
-    budget = vars(args.budget())
-    lines = [line for line in read_lines(out / "results.jsonl") if budget.items() <= line["key"].items()]
+    """Tables and plot of all cells of these budgets, also of earlier commands."""
+    budgets = [vars(budget).items() for budget in args.budgets()]
+    lines = [line for line in read_lines(out / "results.jsonl") if any(own <= line["key"].items() for own in budgets)]
     if not lines:
         return
+    lines = reported(lines, args.report_on)
     lines.sort(key=lambda line: (line["key"]["model"], line["key"]["dataset"], line["key"]["seed"]))
     text = markdown(lines)
     with whole(out / "results.md") as unfinished:

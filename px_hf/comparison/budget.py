@@ -12,7 +12,6 @@ class Budget:
     max_train_samples: int | None
     max_eval_samples: int | None
     train_val_split: float
-    report_on: str
     head: str
     examples_per_class: int
     scoring_batch_size: int

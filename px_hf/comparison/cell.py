@@ -55,14 +55,14 @@ def _task(folder: str) -> PreparedTask:
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """The line of the cell: its key, accuracies in [0, 1], cost, seconds.
+    """The line of the cell: its key, accuracies in [0, 1] on both splits, cost, seconds.
 
     A method that prunes gradually has no accuracy before fine-tuning, and its scoring is a part of the fine-tuning's
     seconds.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget, task, method = cell.budget, _task(cell.folder), cell.method
-    report = task.test if budget.report_on == "test" else task.validation
+    splits = {"validation": task.validation, "test": task.test}
     model = task.dense_model(cell.seed, budget.head, device)
     result: dict[str, Any] = {"key": cell.key(), "zero_shot": None}
     seconds: dict[str, float] = {}
@@ -79,12 +79,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         if method is not None:
             result["forward_units"] = forward_units(model, batches, method)
         if method is None or not method.gradual:
-            result["zero_shot"] = zero_shot(task, model, report, budget.bf16)
+            result["zero_shot"] = zero_shot(task, model, splits, budget.bf16)
         start = time.perf_counter()
         if budget.num_train_epochs > 0:
             kept = fine_tune(model, _zeros(cell, model, batches, masks), task.train, budget, cell.seed)
             masks = kept.masks if isinstance(kept, GradualPruner) else masks
-            result["fine_tuned"] = accuracy(model, report, budget.bf16)
+            result["fine_tuned"] = {name: accuracy(model, data, budget.bf16) for name, data in splits.items()}
         seconds["fine_tune"] = round(time.perf_counter() - start, 2)
     if masks is not None:
         if masks.revived(model):

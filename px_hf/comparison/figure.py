@@ -52,7 +52,7 @@ def plot(lines: Iterable[Line], path: Path) -> None:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, names=names: names.get(x, "")))
             axes.set_title(f"{task[0]} on {task[1]}\n{MEASURES[measure]}")
             axes.set_xlabel("sparsity in %")
-            axes.set_ylabel(f"accuracy in % ({here[0]['key']['report_on']})")
+            axes.set_ylabel(f"accuracy in % ({here[0]['split']})")
             axes.grid()
         for axes in grid:  # what is left of the last row
             axes.set_visible(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from .pixels import Pixels
 from .prepared_task import PreparedTask
 
 
-def zero_shot(task: PreparedTask, model: PreTrainedModel, report: Pixels, bf16: bool = False) -> float | None:
-    """Accuracy of the pruned backbone with the head that was fitted to the dense one; None if there is none."""
+def zero_shot(
+    task: PreparedTask, model: PreTrainedModel, splits: Mapping[str, Pixels], bf16: bool = False
+) -> dict[str, float] | None:
+    """Accuracies of the pruned backbone with the head that was fitted to the dense one; None if there is none."""
     if not task.head.exists():
         return None
     held = {name: value.clone() for name, value in model.state_dict().items()}
     set_head_(model, task.head)
-    found = accuracy(model, report, bf16)
+    found = {name: accuracy(model, data, bf16) for name, data in splits.items()}
     model.load_state_dict(held)
     return found
 

@@ -18,6 +18,19 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+_CHOSEN = " After the @: the learning rate, chosen on the validation split."
+
+
+def _rate(lines: Sequence[Line], method: str, sparsity: float) -> str:
+    """The learning rate, if it was chosen among several."""
+    chosen = {
+        line["key"]["learning_rate"]
+        for line in lines
+        if method_of(line) == method and line["key"]["sparsity"] == sparsity and line["rates"] > 1
+    }
+    return "".join(f" @ {rate:g}" for rate in chosen)
+
+
 def markdown(lines: Iterable[Line]) -> str:
     """For every task and measure a table: a row for each method, a column for each sparsity."""
     lines = list(lines)
@@ -29,12 +42,12 @@ def markdown(lines: Iterable[Line]) -> str:
             if not any(line.get(measure) is not None for line in here):
                 continue
             seeds = len({line["key"]["seed"] for line in here})
-            dense = values_of(here, DENSE, 0.0, measure)
-            report_on = here[0]["key"]["report_on"]
+            dense = mean_and_spread(values_of(here, DENSE, 0.0, measure)) + _rate(here, DENSE, 0.0)
+            chosen = _CHOSEN if any(line["rates"] > 1 for line in here) else ""
             parts.append(f"### {task[0]} on {task[1]}, {title}\n")
             parts.append(
-                f"Accuracy in % on the {report_on} split, mean ± standard deviation over {seeds} seed(s). "
-                f"Dense: {mean_and_spread(dense) or 'not measured'}. Cost of scoring in forward passes of one image.\n"
+                f"Accuracy in % on the {here[0]['split']} split, mean ± standard deviation over {seeds} seed(s). "
+                f"Dense: {dense or 'not measured'}. Cost of scoring in forward passes of one image.{chosen}\n"
             )
             heads = [f"{100 * s:g} % sparse" for s in sparsities]
             parts.append(f"| method | {' | '.join(heads)} | cost |")
@@ -42,7 +55,9 @@ def markdown(lines: Iterable[Line]) -> str:
             for method in in_order(here, method_of):
                 if method == DENSE:
                     continue
-                cells = [mean_and_spread(values_of(here, method, s, measure)) for s in sparsities]
+                cells = [
+                    mean_and_spread(values_of(here, method, s, measure)) + _rate(here, method, s) for s in sparsities
+                ]
                 if not any(cells):  # what prunes while it is fine-tuned has no accuracy before
                     continue
                 costs = [line["forward_units"] for line in here if method_of(line) == method]
