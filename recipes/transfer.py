@@ -12,9 +12,13 @@ writes outputs/transfer-resnet.
     accelerate launch recipes/transfer.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --unlabelled_dir photos --prune_on source --targets beans
 
-On the source the network is scored with the source's head (on unlabelled images with its own), once for all targets;
-on a target, and on the mix, with the new head that is then fine-tuned. The mix has half of the images of each. Images
-come from training splits. Tasks, output folder, resuming and failures are as in recipes/evaluate_downstream.py.
+With `--schedule gradual` the network is pruned while it learns: the source once, from where the sparse network goes on
+to each target (it is kept in the output folder as source/), and each target itself.
+
+Otherwise nothing is trained before: on the source the network is scored with the source's head (on unlabelled images
+with its own), once for all targets; on a target, and on the mix, with the new head that is then fine-tuned. The mix
+has half of the images of each. Images come from training splits. Tasks, output folder, resuming and failures are as in
+recipes/evaluate_downstream.py.
 """
 
 from px_hf.commands import run

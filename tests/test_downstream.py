@@ -19,6 +19,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.linear_model import Ridge as SklearnRidge
 from transformers import (
     AutoModelForImageClassification,
@@ -514,6 +515,54 @@ def test_masks_found_on_the_source_the_target_and_both_are_compared(folder: Path
     assert "| pruned on both |" in (folder / "transfer-magnitude/downstream.md").read_text()
 
 
+def test_a_network_that_is_pruned_while_it_learns_the_source_goes_on_to_the_target(folder: Path) -> None:
+    """And one that is pruned while it learns the target. A second run takes over what the first has learned."""
+    argv = ["--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / "learned")]
+    argv += [
+        "--source",
+        "letters",
+        "--targets",
+        "digits",
+        "--schedule",
+        "gradual",
+        "--rounds",
+        "3",
+        "--sparsity",
+        "0.8",
+    ]
+    argv += [
+        "--max_train_samples",
+        "80",
+        "--max_eval_samples",
+        "40",
+        "--num_train_epochs",
+        "1",
+        "--disable_tqdm",
+        "true",
+    ]
+    argv += ["--per_device_train_batch_size", "8", "--examples_per_class", "1", "--learning_rate", "0.01"]
+    assert transfer.main(argv) == 0
+    results = json.loads((folder / "learned/downstream.json").read_text())
+    names = ["dense", "pruned while learning letters", "pruned while learning the target", "random 80 %"]
+    assert [subject["name"] for subject in results["subjects"]] == names
+    assert [round(subject["sparsity"], 2) for subject in results["subjects"]] == [0, 0.8, 0.8, 0.8]
+    found = results["tasks"]["digits"]
+    assert found["error"] is None
+    assert results["subjects"][2]["schedule"] == "gradual"
+    assert found["results"][names[2]]["finetune"]["masks_sha256"] != results["subjects"][1]["masks_sha256"]
+    masks = px.Masks.from_pretrained(folder / "learned/source")
+    learned, before = (load_file(folder / name / "model.safetensors") for name in ("learned/source", "backbone"))
+    assert all(not learned[name][~mask].any() for name, mask in masks.items())
+    assert all(not torch.equal(learned[name], before[name] * mask) for name, mask in masks.items())
+
+    weights = folder / "learned/source/model.safetensors"
+    before = (weights.read_bytes(), weights.stat().st_mtime_ns)
+    assert transfer.main(argv) == 0
+    assert (weights.read_bytes(), weights.stat().st_mtime_ns) == before
+    with pytest.raises(px.OutputExistsError, match=r"other settings \(rounds\).*--overwrite_output_dir"):
+        transfer.main([*argv, "--rounds", "4"])
+
+
 def test_unlabelled_images_will_do_as_a_source(folder: Path) -> None:
     (folder / "unlabelled/deep").mkdir(parents=True)
     for row in range(6):
@@ -537,6 +586,9 @@ BAD_TRANSFERS = [
     (["--unlabelled_dir", "no/such"], "No images in no/such"),
     (["--prune_on", "source", "target", "mix", "--examples_per_class", "1"], "mix needs --examples_per_class of 2"),
     (["--sparsity", "1"], r"must be in \[0, 1\)"),
+    (["--schedule", "gradual", "--prune_on", "mix"], "learns the task that it prunes on.*: --prune_on source target"),
+    (["--schedule", "gradual", "--unlabelled_dir", "x"], "with labels: --prune_on target"),
+    (["--until", "0.3"], "--until says when --schedule gradual ends"),
     (["--source", "digits", "--targets", "digits"], "'digits' is the source and a target"),
 ]
 

@@ -20,16 +20,19 @@ from ..runs.console import Phases
 from ..runs.downstream_arguments import DownstreamArguments, parse_downstream
 from ..runs.downstream_evaluation import DownstreamEvaluation
 from ..runs.downstream_tasks import DownstreamTask, find_tasks
+from ..runs.pruning_arguments import ScheduleArguments
 from ..runs.pruning_source import Source
-from ..runs.subjects import Subject, prune
-from ..scopes import check_sparsity
+from ..runs.source_training import learned
+from ..runs.subjects import PruningInTraining, Subject, prune
 
 BASES = ("source", "target", "mix")
+TASKS = BASES[:2]
+"""What can be learned while the network is pruned."""
 
 
 @dataclass
-class TransferArguments(DownstreamArguments):
-    """Where from, where to."""
+class TransferArguments(DownstreamArguments, ScheduleArguments):
+    """Where from, where to, and when the network is pruned."""
 
     source: str | None = field(
         default=None,
@@ -39,9 +42,13 @@ class TransferArguments(DownstreamArguments):
         default_factory=lambda: ["digits", "greek"], metadata={"help": "Tasks to fine-tune on, named likewise."}
     )
     prune_on: list[str] = field(
-        default_factory=lambda: list(BASES), metadata={"help": "Whose images to compare.", "choices": list(BASES)}
+        default_factory=list,
+        metadata={
+            "help": f"Whose images to compare. Default: {', '.join(BASES)}; with --schedule gradual, which learns the "
+            "task that it prunes on, source and target.",
+            "choices": list(BASES),
+        },
     )
-    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     random_control: bool = field(default=True, metadata={"help": "Fine-tune a random mask, too."})
 
 
@@ -50,20 +57,30 @@ def main(argv: list[str]) -> int:
     main_process = processes().is_main  # first of all: a wrong launch must not write anything
     model_args, args, training = parse(argv)
     targets = find_tasks(args.targets, **args.limits())
-    phases = Phases(quiet=not main_process)
+    phases, out = Phases(quiet=not main_process), Path(training.output_dir)
     dense = Subject("dense", "dense", model_args)
 
     with phases("Load"):
-        pixels = Preprocess(load_processor(model_args))
+        processor = load_processor(model_args)
+        pixels = Preprocess(processor)
         source = Source.read(args.source, args, model_args, training, pixels)
         if source.name in {task.name for task in targets}:
             raise px.InvalidArgumentError(f"{source.name!r} is the source and a target.")
-    with phases(f"Prune on {source.name}"):
-        once = prune(dense, args, args.sparsity, training, source.labels, source.batches(), f"pruned on {source.name}")
+    once: Subject | None = None
+    if args.gradual and "source" in args.prune_on:
+        with phases(f"Learn {source.name}, and prune"):
+            once = learned(dense, args, source, args.limits(), training, processor, out)
+    elif not args.gradual:
+        with phases(f"Prune on {source.name}"):
+            name = f"pruned on {source.name}"
+            once = prune(dense, args, args.sparsity, training, source.labels, source.batches(), name)
 
     def pruned_on(basis: str, data: ClassificationTask) -> Subject:
-        if basis == "source":
+        if basis == "source" and once is not None:
             return once
+        if args.gradual:
+            pruning = PruningInTraining(args, list(source.calibration(data)))
+            return Subject("pruned while learning the target", "pruned", model_args, pruning=pruning)
         if basis == "target":
             batches, name = list(source.calibration(data)), "pruned on the target"
         else:
@@ -72,21 +89,29 @@ def main(argv: list[str]) -> int:
 
     def subjects_of(task: DownstreamTask, data: ClassificationTask) -> list[Subject]:
         subjects = [dense, *(pruned_on(basis, data) for basis in BASES if basis in args.prune_on)]
-        control = once.control(subjects) if args.random_control else None
+        control = once.control(subjects) if args.random_control and once is not None else None
         return subjects if control is None else [*subjects, control]
 
-    out = Path(training.output_dir)
     evaluation = DownstreamEvaluation(["finetune"], training, pixels, out, phases, model_args.cache_dir)
     results: dict[str, Any] = {
         "model": model_args.short_name(),
         "pruned_here": True,
         "notes": [
-            f"Pruned by {args.criterion_object()!r} to a sparsity of {args.sparsity:g}, on training images of "
-            f"{source.name}, of the target, or half of each.",
-            *evaluation.notes(random=args.random_control),
+            f"Pruned by {args.criterion_object()!r} to a sparsity of {args.sparsity:g}, {how(args, source)}.",
+            *evaluation.notes(random=args.random_control and once is not None),
         ],
     }
     return evaluation.run(targets, subjects_of, results, args.limits())
+
+
+def how(args: TransferArguments, source: Source) -> str:
+    """When, and on which images."""
+    if not args.gradual:
+        return f"on training images of {source.name}, of the target, or half of each"
+    told = f"in {args.rounds} rounds during the first {100 * args.until:g} % of a fine-tuning"
+    if "source" in args.prune_on:
+        told += f": on {source.name}, from where the sparse network goes on to each target, or on the target itself"
+    return told
 
 
 def parse(argv: Sequence[str]) -> tuple[ModelArguments, TransferArguments, FineTuneArguments]:
@@ -107,11 +132,17 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, TransferArguments, FineT
             args.source = args.source or "letters"
     if bool(args.source) == bool(args.unlabelled_dir):
         raise px.InvalidArgumentError("Name either --source or --unlabelled_dir: what the network is pruned on once.")
+    args.prune_on = args.prune_on or list(TASKS if args.gradual else BASES)
+    if args.gradual and (set(args.prune_on) - set(TASKS) or ("source" in args.prune_on and not args.source)):
+        raise px.InvalidArgumentError(
+            f"--schedule {args.schedule} learns the task that it prunes on, with labels: --prune_on "
+            f"{' '.join(TASKS) if args.source else TASKS[1]}."
+        )
     if "mix" in args.prune_on and args.examples_per_class < 2:
         raise px.InvalidArgumentError("--prune_on mix needs --examples_per_class of 2 or more: half of them are used.")
     if "mix" in args.prune_on and args.criterion_object().needs_labels:
         raise px.InvalidArgumentError(
             f"{args.criterion_name} needs labels, and those of a mix belong to two heads: --prune_on source target."
         )
-    check_sparsity(args.sparsity)
+    args.check()
     return model_args, args, training

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 import px_hf as px
 
@@ -230,17 +230,11 @@ def finetune(
     """Trained on train with the masks kept, scored on test: every test image once, however many processes."""
     start = time.perf_counter()
     model = subject.load(data.labels, training)
-    augment = Augment(pixels, task.data.random_crop, task.data.horizontal_flip)
-    splits = {"train": data.train.with_pixels(augment), "validation": data.validation.with_pixels(pixels)}
-    masks = subject.masks_for(model)
-    trainer = make_trainer(
-        model, splits, copy.copy(training), callbacks=[] if masks is None else [px.KeepMasks(masks)]
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    zeros = subject.zeros(model)
+    trainer = train(model, zeros, task, data, training, pixels)
     assert data.test is not None
     output = trainer.predict(data.test.with_pixels(pixels))
-    if masks is not None and (revived := masks.revived(model)):
+    if zeros is not None and (revived := zeros.masks.revived(model)):
         raise px.TargetError(f"{sum(revived.values())} pruned weights are not zero after training.")
     told = np.asarray(output.label_ids)
     if not np.array_equal(told, data.test.labels):
@@ -249,4 +243,22 @@ def finetune(
         )
     probabilities = torch.softmax(torch.from_numpy(logits_of(output.predictions).astype(np.float64)), -1).numpy()
     scores = classification_scores(probabilities, told, seed=training.seed)
-    return {"scores": scores, "seconds": round(time.perf_counter() - start, 2)}
+    found = {} if subject.pruning is None or zeros is None else {"masks_sha256": zeros.masks.fingerprint()}
+    return found | {"scores": scores, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def train(
+    model: PreTrainedModel,
+    zeros: px.KeepMasks | px.GradualPruning | None,
+    task: DownstreamTask,
+    data: ClassificationTask,
+    training: FineTuneArguments,
+    pixels: Preprocess,
+) -> Trainer:
+    """The Trainer that has trained the model on the training split, its zeros kept or made."""
+    augment = Augment(pixels, task.data.random_crop, task.data.horizontal_flip)
+    splits = {"train": data.train.with_pixels(augment), "validation": data.validation.with_pixels(pixels)}
+    trainer = make_trainer(model, splits, copy.copy(training), callbacks=[] if zeros is None else [zeros])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer

@@ -111,8 +111,8 @@ class ScoringArguments:
 
 
 @dataclass
-class SparsityArguments(ScoringArguments):
-    """How far one network is pruned and when, and whether the unpruned one is trained beside it."""
+class ScheduleArguments(ScoringArguments):
+    """How far a network is pruned, and when."""
 
     criterion: str | None = field(
         default=None,
@@ -141,10 +141,6 @@ class SparsityArguments(ScoringArguments):
         metadata={"help": "With --schedule gradual: the share of the training steps after which the last round is."},
     )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
-    compare_dense: bool = field(
-        default=False,
-        metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
-    )
 
     @property
     def gradual(self) -> bool:
@@ -191,6 +187,16 @@ class SparsityArguments(ScoringArguments):
             "min_layer_density": self.min_layer_density,
             "prune_head": self.prune_head,
         }
+
+
+@dataclass
+class SparsityArguments(ScheduleArguments):
+    """The sparsity of one network, and whether the unpruned one is trained beside it."""
+
+    compare_dense: bool = field(
+        default=False,
+        metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
+    )
 
 
 @dataclass

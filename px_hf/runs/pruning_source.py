@@ -15,7 +15,7 @@ import px_hf as px
 from ..data import CalibrationSet, ClassificationTask, Preprocess, calibration_set
 from ..data.split import to_rgb
 from .arguments import FineTuneArguments, ModelArguments
-from .downstream_tasks import find_tasks
+from .downstream_tasks import DownstreamTask, find_tasks
 from .pruning_arguments import ScoringArguments
 
 
@@ -32,13 +32,14 @@ class SourceArguments(ScoringArguments):
 
 @dataclass(frozen=True)
 class Source:
-    """What the network is pruned on; `labels` is None for unlabelled images."""
+    """What the network is pruned on; `task`, `asked` and `labels` are None for unlabelled images."""
 
     name: str
     args: SourceArguments
     training: FineTuneArguments
     pixels: Preprocess
     task: ClassificationTask | None
+    asked: DownstreamTask | None = None
     files: Sequence[Path] = ()
 
     @classmethod
@@ -56,15 +57,16 @@ class Source:
             DataError: the task cannot be read, or there is no image.
         """
         if task_name is not None:
-            (task,) = find_tasks([task_name])
-            return cls(task.name, args, training, pixels, task.load(training.seed, model_args.cache_dir))
+            (asked,) = find_tasks([task_name])
+            task = asked.load(training.seed, model_args.cache_dir)
+            return cls(asked.name, args, training, pixels, task, asked)
         folder, known = Path(args.unlabelled_dir or ""), Image.registered_extensions()
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
         if not files:
             raise px.DataError(f"No images in {folder}.")
         generator = torch.Generator().manual_seed(training.seed)
         chosen = torch.randperm(len(files), generator=generator)[: args.max_unlabelled]
-        return cls(folder.absolute().name, args, training, pixels, None, [files[i] for i in chosen.tolist()])
+        return cls(folder.absolute().name, args, training, pixels, None, None, [files[i] for i in chosen.tolist()])
 
     @property
     def labels(self) -> list[str] | None:

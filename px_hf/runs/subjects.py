@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,25 +17,37 @@ from ..controls import shuffle
 from ..model.targets import head_modules
 from .arguments import FineTuneArguments, ModelArguments
 from .backbone import load_model
-from .pruning_arguments import ScoringArguments
+from .pruning_arguments import ScheduleArguments, ScoringArguments
 from .sparse_backbone import CARRIED, download_of, has_zeros, holds_masks, read_masks, says_sparse
 
 
 @dataclass(frozen=True)
+class PruningInTraining:
+    """`--schedule gradual`: how, and the images to score on."""
+
+    args: ScheduleArguments
+    batches: Sequence[Any]
+
+
+@dataclass(frozen=True)
 class Subject:
-    """A backbone and its masks; `kind` is "dense", "pruned" or "random"."""
+    """A backbone and its masks, or the pruning that makes them while it is fine-tuned.
+
+    `kind` is "dense", "pruned" or "random".
+    """
 
     name: str
     kind: str
     model: ModelArguments
     masks: px.Masks | None = None
+    pruning: PruningInTraining | None = None
 
     def describe(self) -> dict[str, Any]:
         """For the report: no folder of this machine."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "model": self.model.short_name(),
+        own = {"name": self.name, "kind": self.kind, "model": self.model.short_name()}
+        if self.pruning is not None:
+            return own | {"sparsity": self.pruning.args.sparsity} | self.pruning.args.describe()
+        return own | {
             "sparsity": 0.0 if self.masks is None else self.masks.sparsity,
             "masks_sha256": None if self.masks is None else self.masks.fingerprint(),
         }
@@ -52,6 +64,13 @@ class Subject:
         if (masks := self.masks_for(model)) is not None:
             masks.apply_(model)
         return model
+
+    def zeros(self, model: PreTrainedModel) -> px.KeepMasks | px.GradualPruning | None:
+        """What keeps or makes the zeros of that model while Trainer trains it; None for a dense one."""
+        if self.pruning is not None:
+            return self.pruning.args.gradual_pruning(self.pruning.batches)
+        masks = self.masks_for(model)
+        return None if masks is None else px.KeepMasks(masks)
 
     def masks_for(self, model: PreTrainedModel) -> px.Masks | None:
         """The masks without those of the head, which is new."""
