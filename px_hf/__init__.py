@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from .hub.push import push_to_hub
     from .hub.saving import save_pretrained
     from .keep import keep_masks
-    from .kernels import accelerate_24_, accelerate_csr_
+    from .kernels import accelerate_24_, accelerate_blocks_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
@@ -77,6 +77,7 @@ _LAZY = {
     "GradualPruning": "trainer.gradual_pruning",
     "KeepMasks": "trainer.keep_masks",
     "accelerate_24_": "kernels",
+    "accelerate_blocks_": "kernels",
     "accelerate_csr_": "kernels",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
@@ -131,6 +132,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "accelerate_24_",
+    "accelerate_blocks_",
     "accelerate_csr_",
     "add_rule",
     "export_onnx",

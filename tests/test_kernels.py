@@ -14,7 +14,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import px_hf as px
-from px_hf.kernels import csr, semi_structured
+from px_hf.kernels import blocks, csr, semi_structured
 
 SPARSE_MODELS = ["mlp", "hf vit", "hf vit, eager", "timm vit", "torchvision vit"]
 
@@ -41,6 +41,36 @@ def test_csr_layers_give_the_same_logits(name: str) -> None:
     assert all(isinstance(model.get_submodule(layer), csr.CSRLinear) for layer in found.converted)
     torch.testing.assert_close(logits(model, name, 20), before, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(copy.deepcopy(model), name, 20), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hf vit", "hf vit, eager", "timm vit"])
+def test_block_layers_give_the_same_logits(name: str) -> None:
+    model = build(name).eval()
+    masks = px.prune(model, [], px.Magnitude(), sparsity=0.8, scope="block:4", progress=False)
+    masks.apply_(model)
+    before = logits(model, name, 20)
+    found = px.accelerate_blocks_(model, size=4, min_sparsity=0.1)
+    assert {f"{layer}.weight" for layer in found.converted} <= set(masks)
+    assert sum(model.get_submodule(layer).values.numel() for layer in found.converted) < masks.total // 3
+    torch.testing.assert_close(logits(model, name, 20), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(copy.deepcopy(model), name, 20), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 70, 6), (0, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_block_linear_against_the_dense_layer(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    """With a row of blocks that is empty, one that is whole, and blocks that are partly zeros."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        layer.weight[2:4] = 0
+        layer.weight[:2, 2:4] = 0
+        layer.weight[0, 0] = 0
+    x = torch.randn(shape, dtype=dtype)
+    found = blocks.BlockLinear(layer, 2)
+    assert found.values.numel() == 4 * (2 + 3)
+    torch.testing.assert_close(found(x), layer(x).detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (64, 6), (65, 6), (2, 70, 6), (0, 6)])
@@ -98,6 +128,24 @@ def test_csr_refuses(model: nn.Module, settings, error: type[Exception], message
     before = repr(model)
     with pytest.raises(error, match=message):
         px.accelerate_csr_(model, **settings)
+    assert repr(model) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "message"),
+    [
+        (build("mlp"), {"size": 1}, px.TargetError, "to blocks .*less than 60% zero blocks.*scope='block:1'"),
+        (build("mlp"), {"size": 10**6}, px.TargetError, "without whole blocks of 1000000"),
+        (build("mlp"), {"size": 0}, px.InvalidArgumentError, "size=0"),
+        (build("mlp"), {"min_sparsity": -1}, px.InvalidArgumentError, "min_sparsity=-1"),
+        (nn.Linear(4, 4), {"size": 4, "min_sparsity": 0}, px.TargetError, "itself a linear layer"),
+        (nn.Sequential(nn.Linear(4, 4)).to("meta"), {}, px.TargetError, "accelerate_blocks_ is for .* on meta"),
+    ],
+)
+def test_blocks_refuse(model: nn.Module, settings, error: type[Exception], message: str) -> None:
+    before = repr(model)
+    with pytest.raises(error, match=message):
+        px.accelerate_blocks_(model, **settings)
     assert repr(model) == before
 
 

@@ -51,6 +51,31 @@ def require_some(fit: dict[str, nn.Linear], skipped: dict[str, str], to_what: st
         raise TargetError(f"No layer can be converted to {to_what} ({reasons or 'there is none'}). {advice}")
 
 
+def require_cpu(model: nn.Module, function: str) -> None:
+    """TargetError if a parameter is on another device."""
+    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+    if device is not None:
+        raise TargetError(f"{function} is for models on a CPU, and this one is on {device}. Use model.cpu().")
+
+
+def replace_layers(model: nn.Module, fit: dict[str, nn.Linear], make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Each of the layers by what `make` makes of it, once, wherever it stands; nothing requires gradients any more.
+
+    Raises:
+        TargetError: the model is itself one of them.
+    """
+    if "" in fit:
+        raise TargetError(
+            "The model is itself a linear layer, which cannot be replaced in place. Wrap it in a module."
+        )
+    replacements = {id(layer): make(layer) for layer in fit.values()}
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if id(layer) in replacements:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, replacements[id(layer)])
+    model.requires_grad_(False)
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return ((name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, *convolutions)))

@@ -15,9 +15,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgumentError, TargetError
+from ..errors import InvalidArgumentError
 from ..model.wrappers import unwrap
-from .conversion import Conversion, require_some, sort_out
+from .conversion import Conversion, replace_layers, require_cpu, require_some, sort_out
 
 _ROWS = 64
 _DTYPES = (torch.float32, torch.float64)
@@ -42,9 +42,7 @@ def accelerate_csr_(model: nn.Module, min_sparsity: float = 0.85, min_weights: i
     if not 0 <= min_sparsity <= 1:
         raise InvalidArgumentError(f"min_sparsity={min_sparsity!r}: expected a fraction in [0, 1].")
     model = unwrap(model)
-    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
-    if device is not None:
-        raise TargetError(f"accelerate_csr_ is for models on a CPU, and this one is on {device}. Use model.cpu().")
+    require_cpu(model, "accelerate_csr_")
 
     def unfit(layer: nn.Linear) -> str | None:
         if layer.weight.dtype not in _DTYPES:
@@ -55,17 +53,8 @@ def accelerate_csr_(model: nn.Module, min_sparsity: float = 0.85, min_weights: i
         return None if 1 - kept >= min_sparsity else f"less than {min_sparsity:.0%} sparse"
 
     fit, skipped = sort_out(model, unfit)
-    if "" in fit:
-        raise TargetError(
-            "The model is itself a linear layer, which cannot be replaced in place. Wrap it in a module."
-        )
     require_some(fit, skipped, "CSR", "Prune more, apply the masks, or lower min_sparsity.")
-    replacements = {id(layer): CSRLinear(layer) for layer in fit.values()}
-    for path, layer in list(model.named_modules(remove_duplicate=False)):
-        if id(layer) in replacements:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, replacements[id(layer)])
-    model.requires_grad_(False)
+    replace_layers(model, fit, CSRLinear)
     return Conversion(tuple(fit), skipped)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ..errors import InvalidArgumentError
 from .base import Scope, Step, as_number, check_min_layer_density, check_sparsity
+from .blocks import Blocks
 from .n_of_m import NOfM
 from .units import Units
 from .weights import Global, Layer, Row
 
-SCOPES: tuple[type[Scope], ...] = (Global, Layer, Row, NOfM, Units)
+SCOPES: tuple[type[Scope], ...] = (Global, Layer, Row, NOfM, Blocks, Units)
 """A new scope is a file beside these and a row here."""
 
 
@@ -29,6 +30,7 @@ def as_scope(scope: str | Scope) -> Scope:
 
 __all__ = [
     "SCOPES",
+    "Blocks",
     "Global",
     "Layer",
     "NOfM",

@@ -11,6 +11,11 @@ layer (`F.linear`, `F.conv2d`), the median of paired ratios of CPU seconds. Kern
 - COO: `torch.sparse_coo` @ dense, with the transposes;
 - BSR 4×4: blocks of 4 × 4, nearly all of which hold a non-zero where zeros are not in blocks.
 
+Where zeros are whole blocks of 32 × 32 (`scope="block:32"`):
+
+- BSR 32×32: torch's own product of such a matrix;
+- blocks of 32: a dense product for each row of blocks, which is `px.accelerate_blocks_`.
+
 Convolutions: `F.unfold` to columns, then CSR @ columns, image by image.
 """
 
@@ -29,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from px_hf.atomic import whole
+from px_hf.kernels.blocks import BlockLinear
 from px_hf.kernels.csr import CSRLinear
 
 Ways = dict[str, Callable[[], Tensor]]
@@ -37,6 +43,7 @@ LINEAR = ((768, 768), (3072, 768), (768, 3072))  # outputs, inputs
 TOKENS = (197, 8 * 197)  # of 1 and 8 images
 CONVOLUTIONS = ((64, 3, 56), (128, 3, 28), (256, 3, 14), (512, 3, 7))  # channels, kernel, height and width
 IMAGES = (1, 8)
+BLOCK = 32
 
 
 def main() -> None:
@@ -50,7 +57,8 @@ def main() -> None:
     with torch.inference_mode():
         for outputs, inputs in LINEAR:
             for rows in TOKENS:
-                lines += table_rows(f"{outputs} × {inputs}", rows, args, partial(linear, outputs, inputs, rows))
+                for ways in (linear, in_blocks):
+                    lines += table_rows(f"{outputs} × {inputs}", rows, args, partial(ways, outputs, inputs, rows))
         lines += ["", *header("convolution, channels, kernel, size", "images", args.sparsities)]
         for channels, kernel, size in CONVOLUTIONS:
             for images in IMAGES:
@@ -87,6 +95,20 @@ def linear(outputs: int, inputs: int, rows: int, sparsity: float) -> Ways:
         "F.linear(CSR)": lambda: F.linear(x, csr).add_(bias),
         "COO": lambda: torch.sparse.mm(coo, x.t().contiguous()).t().add(bias),
         "BSR 4×4": lambda: (bsr @ x.t()).t().add(bias),
+    }
+
+
+def in_blocks(outputs: int, inputs: int, rows: int, sparsity: float) -> Ways:
+    """Likewise, of a weight whose zeros are whole blocks."""
+    mask = zeroed(outputs // BLOCK, inputs // BLOCK, sparsity=sparsity) != 0
+    weight = torch.randn(outputs, inputs) * mask.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    x, layer = torch.randn(rows, inputs), nn.Linear(inputs, outputs)
+    layer.weight.copy_(weight)
+    bias, blocks, bsr = layer.bias.detach(), BlockLinear(layer, BLOCK), weight.to_sparse_bsr((BLOCK, BLOCK))
+    return {
+        "dense": lambda: F.linear(x, weight, bias),
+        f"BSR {BLOCK}×{BLOCK}": lambda: (bsr @ x.t()).t().add(bias),
+        f"blocks of {BLOCK}": lambda: blocks(x),
     }
 
 
