@@ -72,6 +72,15 @@ def check_until(until: float) -> float:
     return value
 
 
+def most_rounds(until: float, total_steps: int) -> int:
+    """How many rounds fit into a training of so many steps, if each but the first needs a step."""
+    return min(_last(until, total_steps) + 1, total_steps)
+
+
+def _last(until: float, total_steps: int) -> int:
+    return int(Fraction(repr(float(until))) * total_steps)
+
+
 def round_steps(rounds: int, until: float, total_steps: int) -> tuple[int, ...]:
     """How many steps have been made at each round, rising from 0 to `⌊until · total_steps⌋`; for one round (0,).
 
@@ -85,11 +94,11 @@ def round_steps(rounds: int, until: float, total_steps: int) -> tuple[int, ...]:
         raise InvalidArgumentError(f"total_steps={total_steps!r}: expected a whole number of optimizer steps ≥ 1.")
     if rounds == 1:
         return (0,)
-    last = int(Fraction(repr(float(until))) * total_steps)
-    if rounds - 1 > last or rounds > total_steps:
+    last = _last(until, total_steps)
+    if rounds > most_rounds(until, total_steps):
         raise InvalidArgumentError(
             f"rounds={rounds} do not fit into training: until={until!r} of total_steps={total_steps} leaves {last} "
             f"step(s) between the first round and the last, and each round but the first needs one. Expected at most "
-            f"{min(last + 1, total_steps)} rounds: use fewer, train longer, or raise until."
+            f"{most_rounds(until, total_steps)} rounds: use fewer, train longer, or raise until."
         )
     return tuple(t * last // (rounds - 1) for t in range(rounds))

@@ -66,7 +66,7 @@ def settings(folder: Path, out: str, *more: str) -> list[str]:
         *("--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / out)),
         *("--max_train_samples", "200", "--max_eval_samples", "61", "--num_train_epochs", str(EPOCHS)),
         *("--rounds", "3", "--examples_per_class", "5", "--learning_rate", "0.01", "--disable_tqdm", "true"),
-        *("--compare_dense", "false", *more),
+        *("--schedule", "one-shot", "--compare_dense", "false", *more),
     ]
 
 
@@ -516,14 +516,45 @@ def test_the_command_line_overrides_the_file_and_the_file_the_example(tmp_path: 
     assert (prune.sparsity, training.num_train_epochs, training.learning_rate) == (0.7, 5.0, 1e-4)
     assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, False, True)
     assert model.model_name_or_path == arguments.EXAMPLE_MODEL
-    assert training.output_dir == "outputs/resnet-digits-px-active70"
+    assert training.output_dir == "outputs/resnet-digits-px-balanced70-gradual"
 
 
 def test_the_schedule_has_its_own_rounds_and_is_in_the_name() -> None:
-    for more, rounds in (([], 20), (["--schedule", "gradual"], 8), (["--schedule", "gradual", "--rounds", "5"], 5)):
+    one_shot = ["--schedule", "one-shot"]
+    for more, rounds in (([], 8), (["--rounds", "5"], 5), (one_shot, 20), ([*one_shot, "--rounds", "5"], 5)):
         *_, prune, training = prune_finetune.parse(more)
         assert prune.rounds == rounds
-        assert training.output_dir == "outputs/resnet-digits-" + ("px-balanced90-gradual" if more else "px-active90")
+        name = "px-active90" if more[:2] == one_shot else "px-balanced90-gradual"
+        assert training.output_dir == f"outputs/resnet-digits-{name}"
+
+
+@pytest.mark.parametrize(
+    ("more", "schedule"),
+    [
+        ([], "gradual"),
+        (["--criterion", "magnitude"], "gradual"),
+        (["--scope", "2:4"], "gradual"),
+        (["--scope", "structured"], "one-shot"),
+        (["--control", "shuffle"], "one-shot"),
+        (["--dense"], "one-shot"),
+        (["--keep_masks"], "one-shot"),
+    ],
+)
+def test_when_a_network_is_pruned_by_default(more: list[str], schedule: str) -> None:
+    *_, prune, _ = prune_finetune.parse([*more, "--compare_dense", "false"])
+    assert prune.schedule == schedule
+    assert "schedule" not in prune.describe() if schedule == "one-shot" else prune.describe()["schedule"] == schedule
+
+
+def test_a_short_training_has_as_many_rounds_as_fit(folder: Path) -> None:
+    """Of the default number; the number that is given is not changed (see BAD_ARGUMENTS)."""
+    *_, prune, _ = prune_finetune.parse([])
+    for steps, rounds in ((1000, 8), (14, 8), (13, 7), (3, 2), (1, 1)):
+        prune.fit_rounds(steps)
+        assert prune.rounds == rounds
+    *_, given, _ = prune_finetune.parse(["--rounds", "8"])
+    given.fit_rounds(3)
+    assert given.rounds == 8
 
 
 def test_the_example_settings_are_for_the_embedded_digits_only() -> None:
@@ -531,7 +562,7 @@ def test_the_example_settings_are_for_the_embedded_digits_only() -> None:
         ["--train-dir", "photos/train", "--model_name_or_path", "timm/resnet18"]
     )
     assert (data.horizontal_flip, data.random_crop, prune.compare_dense) == (True, True, False)
-    assert training.output_dir == "outputs/resnet18-photos-px-active90"
+    assert training.output_dir == "outputs/resnet18-photos-px-balanced90-gradual"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def prune_and_fine_tune(job: Job) -> None:
     run = PruningRun.claim(training)
     with run.phase("Load"):
         network = job.load(run.say)
+        args.fit_rounds(job.steps(network))
         source = job.mask_source(network, run.say)
     pruning = (WhileTraining if args.gradual else BeforeTraining)(run, job, network, source)
     job.check_student(pruning.model)

@@ -13,10 +13,10 @@ from ..controls import CONTROLS
 from ..distillation import Distillation
 from ..model.inputs import Batches
 from ..plan import ROUNDS as GRADUAL_ROUNDS
-from ..plan import SCHEDULES, UNTIL, check_until
+from ..plan import SCHEDULES, UNTIL, check_until, most_rounds
 from ..scopes import as_scope, check_sparsity
 
-ONE_SHOT = SCHEDULES[0]
+ONE_SHOT, GRADUAL = SCHEDULES
 CRITERION, ROUNDS = "px-active", 20
 """By default, before training."""
 
@@ -128,11 +128,11 @@ class ScheduleArguments(ScoringArguments):
             "paper uses 100."
         },
     )
-    schedule: str = field(
-        default=ONE_SHOT,
+    schedule: str | None = field(
+        default=None,
         metadata={
-            "help": "Prune before fine-tuning, or gradually: in rounds during its first part, which is better at high "
-            "sparsity.",
+            "help": "Prune gradually, in rounds during the first part of fine-tuning, or once before it (one-shot). "
+            "Gradually is far better at high sparsity. Default: see the page of the command, docs/FINETUNING.md.",
             "choices": list(SCHEDULES),
         },
     )
@@ -142,10 +142,24 @@ class ScheduleArguments(ScoringArguments):
     )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
 
+    def __post_init__(self) -> None:
+        self.schedule = self.schedule or self.default_schedule()
+        self._rounds_by_default = self.rounds is None
+        super().__post_init__()
+
+    def default_schedule(self) -> str:
+        """When the network is pruned where nobody says it."""
+        return ONE_SHOT
+
     @property
     def gradual(self) -> bool:
         """Whether the network is pruned while it is fine-tuned."""
-        return self.schedule != ONE_SHOT
+        return self.schedule == GRADUAL
+
+    def fit_rounds(self, total_steps: int) -> None:
+        """Of a training of few steps: as many rounds as fit into it, unless their number was given."""
+        if self.gradual and self._rounds_by_default:
+            self.rounds = min(self.default_rounds(), most_rounds(self.until, total_steps))
 
     def default_rounds(self) -> int:
         return GRADUAL_ROUNDS if self.gradual else ROUNDS
@@ -240,6 +254,11 @@ class PruneArguments(SparsityArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.compare_dense = self.compare_dense or self.distill_dense
+
+    def default_schedule(self) -> str:
+        """Gradual, unless the masks are to be there before training, or a smaller network is to be trained."""
+        before = self.keep_masks or self.dense or self.control != "none" or self.takes_out_units
+        return ONE_SHOT if before else GRADUAL
 
     @property
     def distill_dense(self) -> bool:
