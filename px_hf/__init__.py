@@ -16,22 +16,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .criteria import (
-    CRITERIA,
-    LAMP,
-    NTKSAP,
-    PX,
-    SNIP,
-    Criterion,
-    GemMiner,
-    GraSP,
-    Magnitude,
-    NTKTrace,
-    Random,
-    SynFlow,
-    SynFlowL2,
-    Wanda,
-)
 from .errors import (
     CheckpointError,
     DataError,
@@ -46,15 +30,27 @@ from .errors import (
     UnsupportedOpError,
 )
 from .hub.registration import register as _register
+from .lazy import keeps_names as _keeps_names
 from .lazy import loaded_when_used as _loaded_when_used
-from .masks import Masks
-from .ops import add_rule
-from .prune import prune
-from .report import Report, report
-from .select import select
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .criteria import (
+        CRITERIA,
+        LAMP,
+        NTKSAP,
+        PX,
+        SNIP,
+        Criterion,
+        GemMiner,
+        GraSP,
+        Magnitude,
+        NTKTrace,
+        Random,
+        SynFlow,
+        SynFlowL2,
+        Wanda,
+    )
     from .distillation import Distillation
     from .export import export_onnx
     from .gradual import gradual_pruning
@@ -64,6 +60,11 @@ if TYPE_CHECKING:
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
+    from .masks import Masks
+    from .ops import add_rule
+    from .prune import prune
+    from .report import Report, report
+    from .select import select
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -72,24 +73,45 @@ if TYPE_CHECKING:
 _register()
 
 _LAZY = {
+    "CRITERIA": "criteria",
+    "Criterion": "criteria",
     "Distillation": "distillation",
     "DistillationTrainer": "trainer.distillation_trainer",
+    "GemMiner": "criteria",
+    "GraSP": "criteria",
     "GradualPruning": "trainer.gradual_pruning",
     "KeepMasks": "trainer.keep_masks",
+    "LAMP": "criteria",
+    "Magnitude": "criteria",
+    "Masks": "masks",
+    "NTKSAP": "criteria",
+    "NTKTrace": "criteria",
+    "PX": "criteria",
+    "Random": "criteria",
+    "Report": "report",
+    "SNIP": "criteria",
+    "SynFlow": "criteria",
+    "SynFlowL2": "criteria",
+    "Wanda": "criteria",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
+    "add_rule": "ops",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
     "keep_masks": "keep",
     "mask_lora": "lora",
     "merge_lora_": "lora",
+    "prune": "prune",
     "push_to_hub": "hub.push",
+    "report": "report",
     "save_pretrained": "hub.saving",
+    "select": "select",
     "shrink": "structured.shrink",
 }
-"""Names that are loaded when first used: most need transformers, which takes seconds to import."""
+"""Names that are loaded when first used: torch takes seconds to import, and transformers some more."""
 
+_keeps_names(__name__, _LAZY)
 __getattr__ = _loaded_when_used(__name__, _LAZY)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -19,3 +20,14 @@ def loaded_when_used(package: str, homes: Mapping[str, str]) -> Callable[[str], 
         return found
 
     return load
+
+
+def keeps_names(package: str, names: Collection[str]) -> None:
+    """Let no submodule of ``package`` that is imported hide one of its ``names``, as Python's import would."""
+
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not (name in names and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
+
+    sys.modules[package].__class__ = Package

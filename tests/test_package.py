@@ -33,7 +33,7 @@ def test_names_of_submodules_stay_functions_after_their_import() -> None:
 
 def test_import_is_light() -> None:
     script = "import sys, px_hf; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["transformers", "timm", "torchvision", "datasets", "evaluate", "accelerate", "matplotlib"]
+    heavy = ["torch", "transformers", "timm", "torchvision", "datasets", "evaluate", "accelerate", "matplotlib"]
     done = subprocess.run(
         [sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True, timeout=120
     )
