@@ -35,6 +35,7 @@ from .lazy import loaded_when_used as _loaded_when_used
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .compact.agreement import check_copies
     from .criteria import (
         CRITERIA,
         LAMP,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .distillation import Distillation
     from .export import export_onnx
     from .gradual import gradual_pruning
+    from .hub.inspection import Inspection, inspect
     from .hub.loading import from_pretrained
     from .hub.push import push_to_hub
     from .hub.saving import save_pretrained
@@ -80,6 +82,7 @@ _LAZY = {
     "GemMiner": "criteria",
     "GraSP": "criteria",
     "GradualPruning": "trainer.gradual_pruning",
+    "Inspection": "hub.inspection",
     "KeepMasks": "trainer.keep_masks",
     "LAMP": "criteria",
     "Magnitude": "criteria",
@@ -96,9 +99,11 @@ _LAZY = {
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
     "add_rule": "ops",
+    "check_copies": "compact.agreement",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
+    "inspect": "hub.inspection",
     "keep_masks": "keep",
     "mask_lora": "lora",
     "merge_lora_": "lora",
@@ -135,6 +140,7 @@ __all__ = [
     "GraSP",
     "GradualPruning",
     "HubError",
+    "Inspection",
     "InvalidArgumentError",
     "KeepMasks",
     "LaunchError",
@@ -155,9 +161,11 @@ __all__ = [
     "accelerate_24_",
     "accelerate_csr_",
     "add_rule",
+    "check_copies",
     "export_onnx",
     "from_pretrained",
     "gradual_pruning",
+    "inspect",
     "keep_masks",
     "mask_lora",
     "merge_lora_",

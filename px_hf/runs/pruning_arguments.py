@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -30,6 +31,8 @@ TEACHER_DENSE = "dense"
 @dataclass
 class ScoringArguments:
     """How weights are ranked for pruning."""
+
+    topic: ClassVar[str] = "pruning"
 
     criterion: str | None = field(
         default=None,
@@ -114,6 +117,8 @@ class ScoringArguments:
 class SparsityArguments(ScoringArguments):
     """How far one network is pruned and when, and whether the unpruned one is trained beside it."""
 
+    topic: ClassVar[str] = "pruning"
+
     criterion: str | None = field(
         default=None,
         metadata={
@@ -196,6 +201,11 @@ class SparsityArguments(ScoringArguments):
 @dataclass
 class PruneArguments(SparsityArguments):
     """The sparse subnetwork of a classifier."""
+
+    topic: ClassVar[str] = "pruning"
+    topics: ClassVar[Mapping[str, Sequence[str]]] = {
+        "distillation": ("distill", "distill_alpha", "distill_temperature", "distill_hidden"),
+    }
 
     keep_masks: bool = field(
         default=False,
