@@ -12,6 +12,8 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(name: str, program: Program, words: list[str]) -> int | None:
     if program.launched and "WORLD_SIZE" not in os.environ and not {"-h", "--help"} & {*words}:
-        processes, words = _processes(words)
-        if processes is None or processes > 1:
-            _launch(processes, name, words)
+        count, words = _processes(words)
+        count = _devices() or 1 if count is None else count
+        if count > 1:
+            return _launched(count, name, words)
     module = importlib.import_module(f".{program.module}", __package__)
     failed: int | None = module.main(words)
     return failed
@@ -92,23 +95,32 @@ def _processes(words: list[str]) -> tuple[int | None, list[str]]:
     return int(found.count), others
 
 
-def _launch(processes: int | None, name: str, words: list[str]) -> None:
-    """Become `accelerate launch` of the same program; nothing, if one process is what there should be.
-
-    Several processes are one for each GPU, or on a machine without one of the CPU's.
-    """
+def _devices() -> int:
+    """How many accelerators this process sees."""
     import torch
 
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    processes = devices if processes is None else processes
-    if processes < 2:
-        return
-    environment = os.environ | ({} if devices else {"ACCELERATE_USE_CPU": "true"})
-    settings = {"num_processes": processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def _launched(count: int, name: str, words: list[str]) -> int:
+    """The exit code of `accelerate launch` of the same program: one process for each GPU, or without one on the CPU.
+
+    Ctrl-C reaches the launcher from the terminal; it ends its processes, and is waited for.
+    """
+    environment = os.environ | ({} if _devices() else {"ACCELERATE_USE_CPU": "true"})
+    settings = {"num_processes": count, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
     launcher += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    sys.stdout.flush()
-    os.execve(sys.executable, [*launcher, "-m", "px_hf", name, *words], environment)
+    with subprocess.Popen([*launcher, "-m", "px_hf", name, *words], env=environment) as child:
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            try:
+                child.wait(timeout=20)
+            except subprocess.TimeoutExpired:  # this process alone was told
+                child.terminate()
+            raise
 
 
 def _help() -> str:

@@ -109,7 +109,7 @@ def inspect(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> Inspe
     compact = find_compact(folder_or_repo_id, **download)
     if compact is not None and compact.commit is not None:
         download |= {"revision": compact.commit}
-    config, config_path = _config(source, download)
+    config, config_path = _config(source, download, compact)
     told = config.get("px")
     entry: dict[str, Any] = told if isinstance(told, dict) else {}
     masks: dict[str, Tensor] = {}
@@ -131,9 +131,7 @@ def inspect(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> Inspe
     dense_bytes, compact_bytes = _sizes(source, folder, compact, download)
     notes = []
     if masks and not dense_bytes:
-        notes.append(
-            "there is no dense copy: px_hf.from_pretrained loads it, stock transformers after `import px_hf`."
-        )
+        notes.append("this is the compact copy: px_hf.from_pretrained loads it, transformers after `import px_hf`.")
     if "structure" in entry:
         notes.append("units were taken out and layers have unlike widths: only px_hf.from_pretrained loads it.")
     return Inspection(
@@ -153,8 +151,10 @@ def inspect(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> Inspe
     )
 
 
-def _config(source: str, download: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+def _config(source: str, download: Mapping[str, Any], compact: Compact | None) -> tuple[dict[str, Any], Path]:
     path = find(source, CONFIG_FILE, **download)
+    if path is None and compact is not None:
+        path = find(source, CONFIG_FILE, **{**download, "subfolder": compact.subfolder})
     if path is None:
         raise CheckpointError(f"{source!r} holds no {CONFIG_FILE}: it is no saved model of transformers or timm.")
     try:

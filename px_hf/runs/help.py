@@ -52,7 +52,7 @@ def help_text(
         InvalidArgumentError: there is no such topic.
     """
     width = width or max(60, min(shutil.get_terminal_size().columns, 110))
-    options = {action.dest: action for action in actions}
+    options = {action.dest: action for action in reversed(actions)}  # the first: the second would be --no_random_crop
     found = topics_of(groups)
     known = dict.fromkeys(name for name in found.values() if name)
     more = f"{usage.command} --help {' | '.join([*known, ALL])}"
@@ -63,7 +63,7 @@ def help_text(
         return "\n".join(lines) + "\n"
     if topic != ALL and topic not in known:
         raise px.InvalidArgumentError(f"There is no help on {topic!r}. There is: {more}")
-    chosen = [name for name in options if topic in (ALL, found.get(name))]
+    chosen = [name for name in dict.fromkeys(action.dest for action in actions) if topic in (ALL, found.get(name))]
     title = f"{usage.command}: all options" if topic == ALL else f"{usage.command}: options of {topic}"
     return "\n".join([title, "", *_shown(options, chosen, width, whole=topic == ALL), "", f"More: {more}"]) + "\n"
 
