@@ -16,22 +16,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .criteria import (
-    CRITERIA,
-    LAMP,
-    NTKSAP,
-    PX,
-    SNIP,
-    Criterion,
-    GemMiner,
-    GraSP,
-    Magnitude,
-    NTKTrace,
-    Random,
-    SynFlow,
-    SynFlowL2,
-    Wanda,
-)
 from .errors import (
     CheckpointError,
     DataError,
@@ -46,24 +30,43 @@ from .errors import (
     UnsupportedOpError,
 )
 from .hub.registration import register as _register
+from .lazy import keeps_names as _keeps_names
 from .lazy import loaded_when_used as _loaded_when_used
-from .masks import Masks
-from .ops import add_rule
-from .prune import prune
-from .report import Report, report
-from .select import select
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .compact.agreement import check_copies
+    from .criteria import (
+        CRITERIA,
+        LAMP,
+        NTKSAP,
+        PX,
+        SNIP,
+        Criterion,
+        GemMiner,
+        GraSP,
+        Magnitude,
+        NTKTrace,
+        Random,
+        SynFlow,
+        SynFlowL2,
+        Wanda,
+    )
     from .distillation import Distillation
     from .export import export_onnx
     from .gradual import gradual_pruning
+    from .hub.inspection import Inspection, inspect
     from .hub.loading import from_pretrained
     from .hub.push import push_to_hub
     from .hub.saving import save_pretrained
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_blocks_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
+    from .masks import Masks
+    from .ops import add_rule
+    from .prune import prune
+    from .report import Report, report
+    from .select import select
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -72,25 +75,49 @@ if TYPE_CHECKING:
 _register()
 
 _LAZY = {
+    "CRITERIA": "criteria",
+    "Criterion": "criteria",
     "Distillation": "distillation",
     "DistillationTrainer": "trainer.distillation_trainer",
+    "GemMiner": "criteria",
+    "GraSP": "criteria",
     "GradualPruning": "trainer.gradual_pruning",
+    "Inspection": "hub.inspection",
     "KeepMasks": "trainer.keep_masks",
+    "LAMP": "criteria",
+    "Magnitude": "criteria",
+    "Masks": "masks",
+    "NTKSAP": "criteria",
+    "NTKTrace": "criteria",
+    "PX": "criteria",
+    "Random": "criteria",
+    "Report": "report",
+    "SNIP": "criteria",
+    "SynFlow": "criteria",
+    "SynFlowL2": "criteria",
+    "Wanda": "criteria",
     "accelerate_24_": "kernels",
     "accelerate_blocks_": "kernels",
     "accelerate_csr_": "kernels",
+    "add_rule": "ops",
+    "check_copies": "compact.agreement",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
+    "inspect": "hub.inspection",
     "keep_masks": "keep",
     "mask_lora": "lora",
     "merge_lora_": "lora",
+    "prune": "prune",
     "push_to_hub": "hub.push",
+    "report": "report",
     "save_pretrained": "hub.saving",
+    "select": "select",
     "shrink": "structured.shrink",
 }
-"""Names that are loaded when first used: most need transformers, which takes seconds to import."""
+"""Names that are loaded when first used: torch takes seconds to import, and transformers some more."""
 
+_keeps_names(__name__, _LAZY)
 __getattr__ = _loaded_when_used(__name__, _LAZY)
 
 
@@ -114,6 +141,7 @@ __all__ = [
     "GraSP",
     "GradualPruning",
     "HubError",
+    "Inspection",
     "InvalidArgumentError",
     "KeepMasks",
     "LaunchError",
@@ -135,9 +163,11 @@ __all__ = [
     "accelerate_blocks_",
     "accelerate_csr_",
     "add_rule",
+    "check_copies",
     "export_onnx",
     "from_pretrained",
     "gradual_pruning",
+    "inspect",
     "keep_masks",
     "mask_lora",
     "merge_lora_",

@@ -29,6 +29,7 @@ FLOORS = [
     ["runs"],
     ["comparison"],
     ["commands"],
+    ["__main__"],
     [""],
 ]
 """Top-level modules and packages of px_hf, from the ground up; "" is `px_hf/__init__.py`."""

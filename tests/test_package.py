@@ -33,7 +33,7 @@ def test_names_of_submodules_stay_functions_after_their_import() -> None:
 
 def test_import_is_light() -> None:
     script = "import sys, px_hf; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["transformers", "timm", "torchvision", "datasets", "evaluate", "accelerate", "matplotlib"]
+    heavy = ["torch", "transformers", "timm", "torchvision", "datasets", "evaluate", "accelerate", "matplotlib"]
     done = subprocess.run(
         [sys.executable, "-c", script, *heavy], capture_output=True, text=True, check=True, timeout=120
     )
@@ -92,3 +92,11 @@ def test_the_commit_is_that_of_the_checkout_or_of_the_installation(
     assert found() == git("rev-parse", "HEAD")
     file.write_text("changed")
     assert found() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_modules_are_names_of_the_package() -> None:
+    """As with `import px_hf as px; px.scopes.Global()`; a private name or one of nothing is none."""
+    shown = "px.scopes.Global().name, hasattr(px, '_no'), hasattr(px, 'no_such'), px.prune.__name__"
+    code = f"import px_hf as px; print({shown})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["global", "False", "False", "prune"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..ops.call import Call, times
 from ..ops.companions import Flow, Gate, Paths, Upstream
 from ..ops.gates import branch, unit_gain
 from ..ops.rules.attention import MIXED
-from .compare_criteria import compare
+from .compare_criteria import USAGE, compare
 
 POLICIES = ("means", "fisher", "spread", "dense")
 PROJECTIONS = (("q_proj", "v_proj"), ("k_proj", "v_proj"), ("query", "value"), ("key", "value"))
@@ -97,5 +97,6 @@ def by_means(
 
 def main(argv: list[str]) -> None:
     """`compare_criteria` with a criterion more for each policy; they are the methods unless others are named."""
+    usage = replace(USAGE, command="python recipes/compare_attention.py", examples=())
     policies = {f"qk-{policy}": QueriesKeys(policy) for policy in POLICIES}
-    compare(argv, "compare_attention.py", {**px.CRITERIA, **policies}, {"methods": ["px-active", *policies]})
+    compare(argv, usage, {**px.CRITERIA, **policies}, {"methods": ["px-active", *policies]})

@@ -33,9 +33,24 @@ from ..comparison.method import Method
 from ..comparison.prepared_task import prepare, short
 from ..comparison.results import append_line, read_lines, reported
 from ..comparison.tables import markdown
-from ..runs.arguments import EXAMPLE_MODEL
+from ..runs.arguments import EXAMPLE_MODEL, embedded
+from ..runs.help import Usage
 from ..runs.parsing import parse_groups
 from ..scopes import check_sparsity
+
+USAGE = Usage(
+    "px-hf compare",
+    "Compare pruning criteria: methods x sparsities x seeds x (model, task), with the same budget and data order for "
+    "all. Without arguments: four criteria on the embedded ResNet and digits.",
+    (
+        "px-hf compare --methods px-active px-active:power=0.5 magnitude:scope=layer --sparsities 0.8 0.9 0.95",
+        "px-hf compare --model_name_or_path timm/resnet18.a1_in1k --dataset_name beans --seeds 0 1 2 --workers 2",
+    ),
+    (
+        *("model_name_or_path", "dataset_name", "methods", "sparsities", "seeds", "num_train_epochs"),
+        *("learning_rate", "report_on", "workers", "output_dir", "report_only"),
+    ),
+)
 
 
 @dataclass
@@ -45,7 +60,8 @@ class CompareArguments:
     config: str | None = field(default=None, metadata={"help": "YAML file of arguments; the command line overrides."})
     output_dir: str = field(default="outputs/comparison", metadata={"help": "Folder to write, or to go on with."})
     model_name_or_path: list[str] = field(
-        default_factory=lambda: [EXAMPLE_MODEL], metadata={"help": "Backbones: ids of the Hub or local folders."}
+        default_factory=lambda: ["demo-resnet"],
+        metadata={"help": "Backbones: ids of the Hub, local folders, or the embedded demo-resnet, demo-vit."},
     )
     dataset_name: list[str] = field(
         default_factory=lambda: ["digits"],
@@ -108,6 +124,9 @@ class CompareArguments:
     horizontal_flip: bool = field(default=False, metadata={"help": "Train on mirrored images too. Not for digits."})
     bf16: bool = field(default=False, metadata={"help": "Fine-tune and evaluate under bfloat16 autocast."})
 
+    def __post_init__(self) -> None:
+        self.model_name_or_path = [embedded(name) for name in self.model_name_or_path]
+
     def budgets(self) -> list[Budget]:
         """One for each learning rate."""
         same = {f.name: getattr(self, f.name) for f in fields(Budget) if f.name != "learning_rate"}
@@ -115,12 +134,11 @@ class CompareArguments:
 
 
 def main(argv: list[str]) -> None:
-    compare(argv, "compare_criteria.py", px.CRITERIA, {})
+    compare(argv, USAGE, px.CRITERIA, {})
 
 
-def compare(argv: list[str], recipe: str, criteria: Mapping[str, px.Criterion], defaults: Mapping[str, Any]) -> None:
-    """Run the comparison; its methods are of ``criteria``, and ``defaults`` are those of ``recipe``."""
-    usage = f"python recipes/{recipe} [--name value ...]"
+def compare(argv: list[str], usage: Usage, criteria: Mapping[str, px.Criterion], defaults: Mapping[str, Any]) -> None:
+    """Run the comparison; its methods are of ``criteria``, and ``defaults`` are the command's own."""
     (args,) = parse_groups(argv, (CompareArguments,), usage, lambda named: {**_example(named), **defaults})
     methods = [Method.parse(text, args.rounds, criteria) for text in args.methods]
     check(args, methods)
@@ -256,5 +274,5 @@ def report(args: CompareArguments, out: Path) -> None:
 
 def _example(named: Any) -> dict[str, Any]:
     """Other defaults where the embedded example is what is compared."""
-    small = named.model_name_or_path == [EXAMPLE_MODEL] and named.dataset_name == ["digits"]
+    small = [*map(embedded, named.model_name_or_path)] == [EXAMPLE_MODEL] and named.dataset_name == ["digits"]
     return {"num_train_epochs": 5.0, "rounds": 10, "scoring_batch_size": 100} if small else {}

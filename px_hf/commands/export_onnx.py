@@ -15,15 +15,23 @@ from transformers.utils import logging
 import px_hf as px
 
 from ..export import require_libraries
-from ..runs.arguments import DEMO_MODELS
+from ..runs.embedded_models import EMBEDDED, embedded
 from ..runs.saved_model import example, load
 
-DEMO = [str(DEMO_MODELS / name) for name in ("resnet", "vit")]
+DEMO = list(EMBEDDED.values())
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", nargs="+", default=DEMO, help="folders, or ids of the Hub")
+    parser = argparse.ArgumentParser(
+        "px-hf export",
+        description="Export saved models to ONNX files that are checked by running them. Without arguments: the two "
+        'embedded backbones, into outputs/onnx. Needs pip install "px-hf[export]".',
+        epilog="example: px-hf export --model_name_or_path outputs/my-pruned-model",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model_name_or_path", nargs="+", default=DEMO, help="folders, ids of the Hub, demo-resnet, demo-vit"
+    )
     parser.add_argument("--output_dir", type=Path, help="default: each model's own folder")
     parser.add_argument("--image_size", type=int, help="default: what the image processor or the config says")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of weights and input")
@@ -34,6 +42,8 @@ def main(argv: list[str]) -> None:
     require_libraries()
     if args.model_name_or_path is DEMO:
         args.output_dir, args.overwrite = args.output_dir or Path("outputs", "onnx"), True
+    else:
+        args.model_name_or_path = [embedded(name) for name in args.model_name_or_path]
     targets = {
         name: target(name, args.output_dir, len(args.model_name_or_path) > 1) for name in args.model_name_or_path
     }

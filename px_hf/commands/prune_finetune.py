@@ -17,11 +17,28 @@ from ..plots import plot_layer_sparsity
 from ..runs.arguments import EXAMPLE, DataArguments, FineTuneArguments, ModelArguments, one_thread
 from ..runs.classification_job import ClassificationJob
 from ..runs.folder import write_json
+from ..runs.help import Usage
 from ..runs.job import Job
 from ..runs.parsing import parse_groups
 from ..runs.pruning_arguments import PruneArguments
 from ..runs.pruning_run import PruningRun, size_of_smaller
 from ..runs.schedules import BeforeTraining, WhileTraining
+
+USAGE = Usage(
+    "px-hf prune",
+    "Prune a pretrained image classifier, fine-tune it with its zeros kept, save it, load it again. Without "
+    "arguments: an embedded ResNet, pruned by 90 %, on handwritten digits, in a minute.",
+    (
+        "px-hf prune --model_name_or_path timm/resnet50.a1_in1k --train_dir photos/train --sparsity 0.8",
+        "px-hf prune --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --schedule gradual",
+        "px-hf prune --num_processes 4 ...                   # on four GPUs",
+    ),
+    (
+        *("model_name_or_path", "dataset_name", "train_dir", "validation_dir", "sparsity", "criterion", "scope"),
+        *("schedule", "compare_dense", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "bf16"),
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"),
+    ),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
     model, data, prune, training = parse_groups(
         argv,
         (ModelArguments, DataArguments, PruneArguments, FineTuneArguments),
-        "accelerate launch recipes/prune_finetune.py [--config file.yaml] [--name value ...]",
+        USAGE,
         lambda named: (
             {}
             if any(getattr(named, f.name) for f in fields(DataSource))

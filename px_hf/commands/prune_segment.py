@@ -12,10 +12,25 @@ import px_hf as px
 
 from ..distributed import processes
 from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, one_thread
+from ..runs.help import Usage
 from ..runs.parsing import parse_groups
 from ..runs.pruning_arguments import ONE_SHOT
 from ..runs.segmentation_job import SegmentArguments, SegmentationJob
 from .prune_finetune import prune_and_fine_tune
+
+USAGE = Usage(
+    "px-hf segment",
+    "Semantic segmentation: prune a backbone, fine-tune it with its zeros kept, report mean IoU. Without arguments: "
+    "the embedded ResNet on rendered scenes of four shapes.",
+    (
+        "px-hf segment --model_name_or_path nvidia/mit-b0 --dataset_name user/camvid --sparsity 0.8",
+        "px-hf segment --model_name_or_path microsoft/resnet-50 --train_file train.parquet --test_file test.parquet",
+    ),
+    (
+        *("model_name_or_path", "dataset_name", "train_file", "validation_file", "class_names_file", "ignore_index"),
+        *("sparsity", "criterion", "schedule", "compare_dense", "num_train_epochs", "learning_rate", "output_dir"),
+    ),
+)
 
 EXAMPLE = {
     "num_train_epochs": 10.0,
@@ -48,7 +63,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, SegmentArguments, FineTu
     model_args, args, training = parse_groups(
         argv,
         (ModelArguments, SegmentArguments, FineTuneArguments),
-        "accelerate launch recipes/prune_segment.py [--config file.yaml] [--name value ...]",
+        USAGE,
         lambda named: (
             {"output_dir": "outputs/{model}-segment"}
             | ({} if named.dataset_name or named.train_file else EXAMPLE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import px_hf as px
 
@@ -20,6 +20,7 @@ from ..runs.console import Phases
 from ..runs.downstream_arguments import DownstreamArguments, parse_downstream
 from ..runs.downstream_evaluation import DownstreamEvaluation
 from ..runs.downstream_tasks import DownstreamTask, find_tasks
+from ..runs.help import Usage
 from ..runs.pruning_arguments import ScheduleArguments
 from ..runs.pruning_source import Source
 from ..runs.source_training import learned
@@ -28,11 +29,27 @@ from ..runs.subjects import PruningInTraining, Subject, prune
 BASES = ("source", "target", "mix")
 TASKS = BASES[:2]
 """What can be learned while the network is pruned."""
+USAGE = Usage(
+    "px-hf transfer",
+    "Prune once, fine-tune on many tasks: how much of each task's dense accuracy does one subnetwork keep? Without "
+    "arguments: the embedded ResNet, pruned on letters, for digits and Greek letters.",
+    (
+        "px-hf transfer --model_name_or_path timm/resnet50.a1_in1k --source imagenet_sample.yaml --targets beans",
+        "px-hf transfer --model_name_or_path google/vit-base-patch16-224-in21k --unlabelled_dir photos "
+        "--prune_on source --targets beans",
+    ),
+    (
+        *("model_name_or_path", "source", "unlabelled_dir", "targets", "prune_on", "sparsity", "criterion"),
+        *("max_train_samples", "num_train_epochs", "learning_rate", "output_dir"),
+    ),
+)
 
 
 @dataclass
 class TransferArguments(DownstreamArguments, ScheduleArguments):
     """Where from, where to, and when the network is pruned."""
+
+    topic: ClassVar[str] = "tasks"
 
     source: str | None = field(
         default=None,
@@ -123,7 +140,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, TransferArguments, FineT
     model_args, args, training = parse_downstream(
         argv,
         TransferArguments,
-        "accelerate launch recipes/transfer.py [--config file.yaml] [--name value ...]",
+        USAGE,
         "outputs/transfer-{model}",
     )
     if model_args.model_name_or_path == EXAMPLE_MODEL:

@@ -43,9 +43,14 @@ class Span(NamedTuple):
     size: int
 
 
+def is_weights(name: str) -> bool:
+    """Whether stock libraries read weights from a file of this name."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def dense_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that stock libraries read weights from: safetensors, or if there is none, pickles."""
-    found = {path.name: path for path in sorted(folder.iterdir()) if _WEIGHTS.fullmatch(path.name) and path.is_file()}
+    found = {path.name: path for path in sorted(folder.iterdir()) if is_weights(path.name) and path.is_file()}
     safe = {name: path for name, path in found.items() if name.endswith(".safetensors")}
     return safe or found
 

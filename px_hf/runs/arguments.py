@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import DatasetDict
@@ -14,11 +14,19 @@ from transformers import TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from ..data import ClassificationTask, DataSource, classification_task, read_dataset
+from .embedded_models import DEMO_MODELS, EXAMPLE_MODEL, embedded
 
-DEMO_MODELS = Path(__file__).resolve().parents[2] / "recipes" / "demo"
-"""The pretrained backbones that come with the repository."""
+__all__ = [
+    "DEMO_MODELS",
+    "EXAMPLE",
+    "EXAMPLE_MODEL",
+    "DataArguments",
+    "FineTuneArguments",
+    "ModelArguments",
+    "embedded",
+    "one_thread",
+]
 
-EXAMPLE_MODEL = str(DEMO_MODELS / "resnet")
 EXAMPLE = {
     "num_train_epochs": 10.0,
     "learning_rate": 2e-3,
@@ -38,12 +46,17 @@ def one_thread() -> None:
 class ModelArguments:
     """The pretrained backbone."""
 
+    topic: ClassVar[str] = "model"
+
     config: str | None = field(
         default=None, metadata={"help": "YAML file of arguments; the command line overrides it."}
     )
     model_name_or_path: str = field(
-        default=EXAMPLE_MODEL,
-        metadata={"help": "Backbone: a model id of the Hub (timm models as timm/...) or a local folder."},
+        default="demo-resnet",
+        metadata={
+            "help": "Backbone: a model id of the Hub (timm models as timm/...), a local folder, or the embedded "
+            "demo-resnet or demo-vit."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models and data are kept."})
@@ -51,6 +64,9 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the Python code that comes with the model. Only if you have read it."}
     )
+
+    def __post_init__(self) -> None:
+        self.model_name_or_path = embedded(self.model_name_or_path)
 
     def short_name(self) -> str:
         """The id of a Hub model; of a local folder only its own name."""
@@ -79,6 +95,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """The task. With none of the sources named: the embedded handwritten digits."""
+
+    topic: ClassVar[str] = "data"
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset id of the Hub, or a local folder, for example of Parquet files."}
@@ -156,6 +174,21 @@ class DataArguments:
 @dataclass
 class FineTuneArguments(TrainingArguments):
     """transformers.TrainingArguments with other defaults."""
+
+    topics: ClassVar[Mapping[str, Sequence[str]]] = {
+        "training": (
+            *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm"),
+            *("gradient_accumulation_steps", "label_smoothing_factor", "bf16", "fp16", "torch_compile", "use_cpu"),
+            *("eval_strategy", "logging_steps", "report_to", "disable_tqdm", "dataloader_num_workers", "seed"),
+        ),
+        "saving": (
+            *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy", "save_steps"),
+            *("save_total_limit", "load_best_model_at_end", "metric_for_best_model", "push_to_hub", "hub_model_id"),
+            *("hub_private_repo", "hub_token", "hub_revision"),
+        ),
+    }
+    """Those that are shown by `--help training` and `--help saving`; the others, by `--help all`."""
 
     output_dir: str = field(
         default="outputs/{model}-{data}-{mask}",

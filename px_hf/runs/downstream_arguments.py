@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments
+from .arguments import EXAMPLE, EXAMPLE_MODEL, FineTuneArguments, ModelArguments, embedded
+from .help import Usage
 from .parsing import parse_groups
 from .pruning_source import SourceArguments
 
@@ -17,6 +18,8 @@ from .pruning_source import SourceArguments
 @dataclass
 class DownstreamArguments(SourceArguments):
     """How many examples of each task are used."""
+
+    topic: ClassVar[str] = "tasks"
 
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many examples a task."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for each other split."})
@@ -30,7 +33,7 @@ Group = TypeVar("Group", bound=DownstreamArguments)
 
 
 def parse_downstream(
-    argv: Sequence[str], group: type[Group], usage: str, output_dir: str, pushes: bool = False
+    argv: Sequence[str], group: type[Group], usage: Usage, output_dir: str, pushes: bool = False
 ) -> tuple[ModelArguments, Group, FineTuneArguments]:
     """The three groups; nothing is saved, evaluated or logged while a model trains.
 
@@ -42,7 +45,9 @@ def parse_downstream(
         argv,
         (ModelArguments, group, FineTuneArguments),
         usage,
-        lambda named: {"output_dir": output_dir} | (example if named.model_name_or_path == EXAMPLE_MODEL else {}),
+        lambda named: (
+            {"output_dir": output_dir} | (example if embedded(named.model_name_or_path) == EXAMPLE_MODEL else {})
+        ),
         pushes,
     )
     training.name_output(model=Path(model_args.model_name_or_path).name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,41 @@ from transformers.hf_argparser import DataClassType
 
 import px_hf as px
 
+from .help import Usage, asked, help_text
+
 
 def parse_groups(
     argv: Sequence[str],
     groups: Sequence[type],
-    usage: str,
+    usage: Usage,
     example: Callable[[argparse.Namespace], Mapping[str, Any]],
     pushes: bool = False,
 ) -> list[Any]:
     """One object for each of the dataclasses `groups`; `example` tells other defaults, given what was named.
 
+    `--help` and `--help <topic>` print a page, and end the process.
+
     Raises:
-        InvalidArgumentError: an unknown argument, an unreadable `--config`, or `--push_to_hub` in a recipe that does
-            not push.
+        InvalidArgumentError: an unknown argument or topic of help, an unreadable `--config`, or `--push_to_hub` in a
+            command that does not push.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
+    topic = asked(argv)
     config = first.parse_known_args(argv)[0].config
-    given = [*(_read_config(config) if config else []), *argv]
+    given = [*(_read_config(config) if config else []), *argv] if topic is None else []
 
-    parser = HfArgumentParser([DataClassType(group) for group in groups], allow_abbrev=False, usage=usage)
-    parser.set_defaults(**example(parser.parse_known_args(given)[0]))
+    parser = HfArgumentParser(
+        [DataClassType(group) for group in groups],
+        allow_abbrev=False,
+        add_help=False,
+        usage=f"{usage.line}\nMore: {usage.command} --help",
+    )
+    defaults = example(parser.parse_known_args(given)[0])
+    parser.set_defaults(**{name: value for name, value in defaults.items() if topic is None or name == "output_dir"})
+    if topic is not None:
+        print(help_text(usage, topic, groups, parser._actions), end="")
+        sys.exit()
     *found, unknown = parser.parse_args_into_dataclasses(given, True, look_for_args_file=False)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -48,8 +63,8 @@ def parse_groups(
         )
     if not pushes and any(getattr(group, "push_to_hub", False) for group in found):
         raise px.InvalidArgumentError(
-            "--push_to_hub is for recipes/prune_finetune.py, which pushes the model that it trains, and "
-            "recipes/evaluate_downstream.py. Push another saved model with px.push_to_hub(model, masks, repo_id)."
+            "--push_to_hub is for px-hf prune, which pushes the model that it trains, and px-hf evaluate. Push "
+            "another saved model with px.push_to_hub(model, masks, repo_id)."
         )
     return found
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -30,6 +31,8 @@ TEACHER_DENSE = "dense"
 @dataclass
 class ScoringArguments:
     """How weights are ranked for pruning."""
+
+    topic: ClassVar[str] = "pruning"
 
     criterion: str | None = field(
         default=None,
@@ -113,6 +116,8 @@ class ScoringArguments:
 @dataclass
 class ScheduleArguments(ScoringArguments):
     """How far a network is pruned, and when."""
+
+    topic: ClassVar[str] = "pruning"
 
     criterion: str | None = field(
         default=None,
@@ -207,6 +212,8 @@ class ScheduleArguments(ScoringArguments):
 class SparsityArguments(ScheduleArguments):
     """The sparsity of one network, and whether the unpruned one is trained beside it."""
 
+    topic: ClassVar[str] = "pruning"
+
     compare_dense: bool = field(
         default=False,
         metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
@@ -216,6 +223,11 @@ class SparsityArguments(ScheduleArguments):
 @dataclass
 class PruneArguments(SparsityArguments):
     """The sparse subnetwork of a classifier."""
+
+    topic: ClassVar[str] = "pruning"
+    topics: ClassVar[Mapping[str, Sequence[str]]] = {
+        "distillation": ("distill", "distill_alpha", "distill_temperature", "distill_hidden"),
+    }
 
     keep_masks: bool = field(
         default=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,6 +22,8 @@ from .pruning_arguments import ScoringArguments
 @dataclass
 class SourceArguments(ScoringArguments):
     """How weights are ranked, and unlabelled images to do it on."""
+
+    topic: ClassVar[str] = "pruning"
 
     unlabelled_dir: str | None = field(
         default=None,

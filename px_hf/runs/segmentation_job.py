@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ SHOWN = 4
 @dataclass
 class SegmentArguments(SparsityArguments):
     """The data and the sparse subnetwork. With no data named: the embedded scenes."""
+
+    topic: ClassVar[str] = "data"
+    topics: ClassVar[Mapping[str, Sequence[str]]] = {"pruning": ("scoring_images",)}
 
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the Hub, or a local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})

@@ -41,6 +41,7 @@ from transformers import (
 import px_hf as px
 from px_hf.data.embedded.letters import CLASSES, COARSE_SHARE, IMAGE_SIZE, letters
 from px_hf.runs.folder import claim
+from px_hf.runs.help import Usage
 from px_hf.runs.parsing import parse_groups
 
 SEED, HELD_OUT_SEED = 0, 1
@@ -184,7 +185,7 @@ model = AutoModelForImageClassification.from_pretrained(folder, num_labels=10, i
 
 
 if __name__ == "__main__":
-    usage = "python recipes/demo/pretrain.py --backbone resnet [--name value ...]"
+    usage = Usage("python recipes/demo/pretrain.py", "Train an embedded backbone again.", (), ("backbone",))
     try:
         main(*parse_groups(sys.argv[1:], (Arguments,), usage, lambda named: {}))
     except (px.PxError, OSError) as error:
