@@ -50,6 +50,7 @@ from .lazy import loaded_when_used as _loaded_when_used
 from .masks import Masks
 from .ops import add_rule
 from .prune import prune
+from .repair.outcome import RepairReport
 from .report import Report, report
 from .select import select
 from .version import __version__
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
+    from .repair.reconstruct import reconstruct_
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -85,6 +87,7 @@ _LAZY = {
     "mask_lora": "lora",
     "merge_lora_": "lora",
     "push_to_hub": "hub.push",
+    "reconstruct_": "repair.reconstruct",
     "save_pretrained": "hub.saving",
     "shrink": "structured.shrink",
 }
@@ -123,6 +126,7 @@ __all__ = [
     "OutputExistsError",
     "PxError",
     "Random",
+    "RepairReport",
     "Report",
     "SynFlow",
     "SynFlowL2",
@@ -141,6 +145,7 @@ __all__ = [
     "merge_lora_",
     "prune",
     "push_to_hub",
+    "reconstruct_",
     "report",
     "save_pretrained",
     "select",

@@ -1,0 +1,213 @@
+"""`px.reconstruct_`: least squares layer by layer. Blocks are in test_repair_blocks.py."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, build, images, sizes
+from torch import Tensor, nn
+
+import px_hf as px
+from px_hf.repair.calls import Geometry
+from px_hf.repair.solver import solve
+
+
+def smooth(count: int, size: int, seed: int = 3) -> Tensor:
+    """Images whose pixels are correlated: others can take over from a pruned one."""
+    x = torch.randn(count, 3, size + 2, size + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 3 * F.avg_pool2d(x, 3, stride=1)
+
+
+def calibration(name: str, count: int = 20, seed: int = 3) -> list[Tensor]:
+    return list(smooth(count, sizes(name), seed).float().split(5))
+
+
+def some_masks(model: nn.Module, scope: str = "layer", sparsity: float = 0.5) -> px.Masks:
+    return px.prune(model, [], px.Magnitude(), sparsity=sparsity, scope=scope, progress=False)
+
+
+def kept_apart(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The images fitted to, and those held out: every fifth, from the second on."""
+    x = torch.cat(batches)
+    apart = torch.arange(len(x)) % 5 == 1
+    return x[~apart], x[apart]
+
+
+# -- the solver
+
+
+def oracle(x: Tensor, missing: Tensor, mask: Tensor, ridge: Tensor) -> Tensor:
+    """δ row by row, from the normal equations of the kept columns."""
+    delta = torch.zeros_like(mask, dtype=torch.float64)
+    for i, kept in enumerate(mask):
+        columns = x[:, kept]
+        matrix = columns.T @ columns + torch.diag(ridge[kept])
+        delta[i, kept] = torch.linalg.solve(matrix, columns.T @ missing[:, i])
+    return delta
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+@pytest.mark.parametrize("rows", [100, 8])
+def test_the_solver_solves_the_normal_equations_of_each_row(rows: int, ridge: float) -> None:
+    torch.manual_seed(0)
+    x, missing = torch.randn(3, rows, 12).double(), torch.randn(3, rows, 7).double()
+    x[..., 4] *= 100  # an outlier feature
+    x[1, :, 5] = 0  # an input that is always zero
+    mask = torch.rand(3, 7, 12) < 0.5
+    mask[0, 2] = False  # an output without weights
+    gram = x.transpose(1, 2) @ x
+    penalty = ridge * gram.diagonal(dim1=1, dim2=2)
+    found = solve(gram, missing.transpose(1, 2) @ x, mask, penalty, iterations=60, tolerance=1e-12)
+    assert not found[~mask].any()
+    mask[1, :, 5] = False
+    for g in range(3):
+        torch.testing.assert_close(found[g], oracle(x[g], missing[g], mask[g], penalty[g]), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"stride": 2}, {"padding": 1}, {"padding": "same", "dilation": 2}, {"padding": "valid"}, {"padding": (1, 2)}, {"dilation": 2},
+     {"groups": 2}, {"groups": 4, "padding": 1, "stride": (2, 1)}],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_patches_times_weights_are_the_convolution(size: int, arguments: dict[str, Any]) -> None:
+    if size != 2 and any(isinstance(value, tuple) for value in arguments.values()):
+        pytest.skip("tuples of two")
+    torch.manual_seed(0)
+    groups = arguments.get("groups", 1)
+    x, weight = torch.randn(2, 4, *[9] * size).double(), torch.randn(8, 4 // groups, *[3, 5, 3][:size]).double()
+    expected = getattr(F, f"conv{size}d")(x, weight, None, **arguments)
+    rows = Geometry.of(weight, **arguments).unfold(x, weight)
+    found = torch.einsum("gnd,god->gno", rows, weight.reshape(groups, 8 // groups, -1))
+    found = found.reshape(groups, 2, -1, 8 // groups).permute(1, 0, 3, 2).reshape(expected.shape)
+    torch.testing.assert_close(found, expected)
+
+
+# -- one layer against the oracle
+
+
+class One(nn.Module):
+    """One layer, flattened: its outputs are the logits."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1) if isinstance(self.layer, nn.Linear) else x).flatten(1)
+
+
+ONE = {
+    "linear": lambda: nn.Linear(192, 5),
+    "linear without a bias": lambda: nn.Linear(192, 5, bias=False),
+    "convolution": lambda: nn.Conv2d(3, 4, 3, padding=1),
+    "stride, dilation": lambda: nn.Conv2d(3, 4, 2, stride=2, dilation=2, bias=False),
+    "depthwise": lambda: nn.Conv2d(3, 6, 3, groups=3),
+    "reflected": lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("kind", ONE)
+def test_one_layer_is_the_least_squares_solution(kind: str) -> None:
+    torch.manual_seed(0)
+    model = One(ONE[kind]()).double()
+    weight = model.layer.weight
+    masks = px.Masks({"layer.weight": torch.rand(weight.shape) < 0.5})
+    dense = copy.deepcopy(model)
+    batches = list(smooth(400, 8).split(70))
+    ridge = 0.05
+    report = px.reconstruct_(model, masks, batches, ridge=ridge, iterations=2000, progress=False)
+
+    # The same by rows of patches, made by the layer itself: each column is what one weight alone would give.
+    fitted, _ = kept_apart(batches)
+    mask, start = masks["layer.weight"], copy.deepcopy(dense)
+    masks.apply_(start)
+    missing = (dense(fitted) - start(fitted)).detach()
+    unit = copy.deepcopy(dense)
+    expected = start.layer.weight.detach().clone()
+    outputs = dense.layer(fitted.flatten(1) if isinstance(dense.layer, nn.Linear) else fitted)
+    for o in range(len(weight)):
+        chosen = torch.nonzero(mask[o])
+        columns = []
+        for index in chosen:
+            with torch.no_grad():
+                nn.init.zeros_(unit.layer.weight)
+                if unit.layer.bias is not None:
+                    nn.init.zeros_(unit.layer.bias)
+                unit.layer.weight[(o, *index)] = 1.0
+                columns.append(unit(fitted).reshape(outputs.shape)[:, o].flatten())
+        if dense.layer.bias is not None:
+            columns.append(torch.ones_like(columns[0]))
+        x = torch.stack(columns, dim=1)
+        penalty = ridge * x.square().sum(0)
+        if dense.layer.bias is not None:
+            penalty[-1] = 0
+        delta = torch.linalg.solve(x.T @ x + torch.diag(penalty), x.T @ missing.reshape(outputs.shape)[:, o].flatten())
+        for index, value in zip(chosen, delta, strict=False):
+            expected[(o, *index)] += value
+    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-3, atol=1e-5)
+    assert report.layers[0].rows == len(fitted) * outputs[0, 0].numel()
+    error = (model(fitted) - dense(fitted)).norm() / dense(fitted).norm()
+    assert report.layers[0].error_after == pytest.approx(float(error), rel=1e-6)
+
+
+# -- whole networks
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("given", ["the dense model", "the pruned model and its parent"])
+def test_what_is_promised_of_every_network(name: str, given: str) -> None:
+    dense = build(name).train()
+    masks = some_masks(dense)
+    model = copy.deepcopy(dense)
+    if given == "the pruned model and its parent":
+        masks.apply_(model)
+    model.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    parent = {key: value.clone() for key, value in dense.state_dict().items()}
+    batches = calibration(name)
+    state = torch.get_rng_state()
+    report = px.reconstruct_(
+        model, masks, batches, None if given == "the dense model" else dense, iterations=20, progress=False
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and not any(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(value, parent[key]) for key, value in dense.state_dict().items())
+    after = model.state_dict()
+    assert not masks.revived(model)
+    biases = {key.removesuffix("weight") + "bias" for key in masks} | {
+        key.removesuffix("weight") + "bias" for key in masks if key.endswith("in_proj_weight")
+    } | {key.replace("in_proj_weight", "in_proj_bias") for key in masks}  # fmt: skip
+    for key, value in after.items():
+        if key in masks:
+            assert torch.equal(value[~masks[key]].view(torch.int32), torch.zeros_like(value[~masks[key]]).view(torch.int32))
+        elif key not in biases:
+            assert torch.equal(value, before[key]), key
+    assert {layer.name for layer in report.layers} | report.skipped.keys() == set(masks)
+    assert not report.skipped
+    assert all(layer.held_out_after <= layer.held_out_before for layer in report.layers)
+    assert any(layer.repaired for layer in report.layers)
+
+
+@pytest.mark.parametrize("name", ["cnn", "hf vit", "hf resnet", "timm resnet"])
+def test_the_network_is_nearer_to_its_parent(name: str) -> None:
+    model = build(name).eval()
+    masks = some_masks(model)
+    dense, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    masks.apply_(pruned)
+    batches = calibration(name, 60)
+    px.reconstruct_(model, masks, batches, ridge=1e-3, progress=False)
+    fresh = torch.cat(calibration(name, 10, seed=4))
+
+    def distance(one: nn.Module) -> float:
+        with torch.no_grad():
+            outputs = [getattr(m(fresh), "logits", m(fresh)) for m in (one, dense)]
+        return float((outputs[0] - outputs[1]).norm())
+
+    assert distance(model) < 0.8 * distance(pruned)
