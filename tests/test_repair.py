@@ -112,6 +112,15 @@ ONE = {
 }
 
 
+def objective(model: One, dense: One, start: One, x: Tensor, ridge: float) -> float:
+    """‖model(x) - dense(x)‖² + Σ λ_j (w_j - start_j)²; Σ_x x_j² by the gradient of the layer on squared inputs."""
+    squares = copy.deepcopy(model.layer)
+    squares(x.flatten(1).square() if isinstance(model.layer, nn.Linear) else x.square()).sum().backward()
+    with torch.no_grad():
+        penalty = ridge * squares.weight.grad * (model.layer.weight - start.layer.weight).square()
+        return float((model(x) - dense(x)).square().sum() + penalty.sum())
+
+
 @pytest.mark.parametrize("kind", ONE)
 def test_one_layer_is_the_least_squares_solution(kind: str) -> None:
     torch.manual_seed(0)
@@ -130,6 +139,7 @@ def test_one_layer_is_the_least_squares_solution(kind: str) -> None:
     missing = (dense(fitted) - start(fitted)).detach()
     unit = copy.deepcopy(dense)
     expected = start.layer.weight.detach().clone()
+    biases: list[Tensor] = []
     outputs = dense.layer(fitted.flatten(1) if isinstance(dense.layer, nn.Linear) else fitted)
     for o in range(len(weight)):
         chosen = torch.nonzero(mask[o])
@@ -150,7 +160,16 @@ def test_one_layer_is_the_least_squares_solution(kind: str) -> None:
         delta = torch.linalg.solve(x.T @ x + torch.diag(penalty), x.T @ missing.reshape(outputs.shape)[:, o].flatten())
         for index, value in zip(chosen, delta, strict=False):
             expected[(o, *index)] += value
-    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-3, atol=1e-5)
+        if dense.layer.bias is not None:
+            biases.append(dense.layer.bias[o].detach() + delta[-1])
+    weight_oracle, bias_oracle = expected, None if dense.layer.bias is None else torch.stack(biases)
+    found = objective(model, dense, start, fitted, ridge)
+    with torch.no_grad():
+        unit.layer.weight.copy_(weight_oracle)
+        if bias_oracle is not None:
+            unit.layer.bias.copy_(bias_oracle)
+    best = objective(unit, dense, start, fitted, ridge)
+    assert best * (1 - 1e-9) <= found <= best * (1 + 1e-6) < 0.9 * objective(start, dense, start, fitted, ridge)
     assert report.layers[0].rows == len(fitted) * outputs[0, 0].numel()
     error = (model(fitted) - dense(fitted)).norm() / dense(fitted).norm()
     assert report.layers[0].error_after == pytest.approx(float(error), rel=1e-6)
@@ -186,7 +205,9 @@ def test_what_is_promised_of_every_network(name: str, given: str) -> None:
     } | {key.replace("in_proj_weight", "in_proj_bias") for key in masks}  # fmt: skip
     for key, value in after.items():
         if key in masks:
-            assert torch.equal(value[~masks[key]].view(torch.int32), torch.zeros_like(value[~masks[key]]).view(torch.int32))
+            assert torch.equal(
+                value[~masks[key]].view(torch.int32), torch.zeros_like(value[~masks[key]]).view(torch.int32)
+            )
         elif key not in biases:
             assert torch.equal(value, before[key]), key
     assert {layer.name for layer in report.layers} | report.skipped.keys() == set(masks)

@@ -74,9 +74,7 @@ class Geometry:
     groups: int
 
     @classmethod
-    def of(
-        cls, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-    ) -> Geometry:
+    def of(cls, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Geometry:
         """From the arguments of ``F.conv2d`` and its like."""
         size = weight.dim() - 2
 
@@ -106,7 +104,7 @@ class Geometry:
         return patches.permute(order).reshape(self.groups, -1, weight[0].numel())
 
 
-class Enough(Exception):  # noqa: N818 - not an error
+class Enough(Exception):
     """All that was wanted has been seen: the rest of the forward is left out."""
 
 

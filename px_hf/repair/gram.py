@@ -11,8 +11,8 @@ from .calls import LayerCall
 class Sums:
     """Σ over the rows of a layer, in float64: of X̂ᵀX̂, of RᵀX̂, of ‖R‖², of ‖Y‖², and how many rows.
 
-    X̂ are the inputs in the sparse network, Y the outputs in the dense one, R the outputs that are missing: Y less those
-    of the sparse network as it was. With a bias, X̂ has a last column of ones.
+    X̂ are the inputs in the sparse network, Y the outputs in the dense one, R the outputs that are missing: Y less
+    those of the sparse network as it was. With a bias, X̂ has a last column of ones.
 
     The term of each chunk is computed in the dtype of the network (float32 at least) and is the same on whatever
     process; sums of float32 numbers in float64 are exact (`px_hf.scoring.sums`), so they do not depend on the order.

@@ -41,9 +41,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Images:
-    """The parts of this process, and of all processes together how many images there are, and of which shapes."""
+    """The parts of this process, and of all processes together the parts, how many images, and of which shapes."""
 
     parts: tuple[Part, ...]
+    all_parts: tuple[Part, ...]
     fitted: int
     held_out: int
     shapes: frozenset[tuple[int, ...]]
@@ -59,6 +60,7 @@ def read(batches: Batches, model: nn.Module, states: States) -> Images:
     """
     group = processes()
     parts: list[Part] = []
+    own: list[Part] = []
     counts = {False: 0, True: 0}
     shapes: set[tuple[int, ...]] = set()
     first = 0
@@ -70,9 +72,12 @@ def read(batches: Batches, model: nn.Module, states: States) -> Images:
         for held_out in (False, True):
             chosen = torch.nonzero(apart == held_out).flatten().to(inputs.images.device)
             counts[held_out] += len(chosen)
-            if len(chosen) and index % group.world_size == group.rank:
-                parts.extend(_parts(_take(inputs, chosen), f"{index}-{int(held_out)}", held_out, states))
-    return Images(tuple(parts), counts[False], counts[True], frozenset(shapes))
+            if len(chosen):
+                mine = states if index % group.world_size == group.rank else None
+                found = list(_parts(_take(inputs, chosen), f"{index}-{int(held_out)}", held_out, mine))
+                parts += found
+                own += found if mine else []
+    return Images(tuple(own), tuple(parts), counts[False], counts[True], frozenset(shapes))
 
 
 def _take(inputs: Inputs, chosen: Tensor) -> Inputs:
@@ -80,7 +85,8 @@ def _take(inputs: Inputs, chosen: Tensor) -> Inputs:
     return Inputs(inputs.images[chosen], others)
 
 
-def _parts(inputs: Inputs, key: str, held_out: bool, states: States) -> Iterator[Part]:
+def _parts(inputs: Inputs, key: str, held_out: bool, states: States | None) -> Iterator[Part]:
     for i, part in enumerate(inputs.parts(_NUMBERS_AT_A_TIME)):
-        states.put(f"images-{key}-{i}", [part.images, *part.others.values()])
+        if states is not None:
+            states.put(f"images-{key}-{i}", [part.images, *part.others.values()])
         yield Part(f"{key}-{i}", held_out, len(part.images), tuple(part.others))

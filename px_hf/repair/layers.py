@@ -67,7 +67,7 @@ class LeastSquares:
     def _change(self, sums: Sums, mask: Tensor) -> Tensor:
         """δ [G, o, d] in the order of the sums, the bias last."""
         kind = torch.float64 if sums.double else torch.float32
-        groups, outputs, inputs = sums.cross.shape
+        groups, outputs, _ = sums.cross.shape
         support = mask.reshape(groups, outputs, -1)
         ridge = self.ridge * sums.gram.diagonal(dim1=-2, dim2=-1)
         if sums.with_bias:

@@ -38,6 +38,7 @@ class Visit:
     """One call of a module: its arguments with `None` for tensors, and the tensors that went in and came out."""
 
     path: str
+    kind: type[nn.Module]
     start: int
     form: Any
     constants: tuple[Any, ...]
@@ -86,7 +87,9 @@ class _Probe:
             constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
             inputs = tuple(self._version(leaf) for leaf in leaves if isinstance(leaf, Tensor))
             kinds = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-            self.visits.setdefault(path, []).append(Visit(path, self._tick(), form, constants, kinds, inputs))
+            self.visits.setdefault(path, []).append(
+                Visit(path, type(module), self._tick(), form, constants, kinds, inputs)
+            )
 
         return hook
 
@@ -94,7 +97,9 @@ class _Probe:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             visit = self.visits[path][-1]
             visit.end = self._tick()
-            visit.outputs = tuple(self._version(leaf) for leaf in trees.tree_leaves(output) if isinstance(leaf, Tensor))
+            visit.outputs = tuple(
+                self._version(leaf) for leaf in trees.tree_leaves(output) if isinstance(leaf, Tensor)
+            )
 
         return hook
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as trees
 
 from ..model.inputs import call
 from .calls import Enough
-from .images import Part
+from .images import Images, Part
 from .networks import Network
 from .probe import Visit
 from .route import Step
@@ -21,11 +21,10 @@ from .states import States
 class Walk:
     """Where both networks stand, for every part of the images of this process."""
 
-    def __init__(
-        self, dense: Network, sparse: Network, parts: Sequence[Part], states: States, device: torch.device
-    ) -> None:
+    def __init__(self, dense: Network, sparse: Network, images: Images, states: States, device: torch.device) -> None:
         self.networks = {"dense": dense, "sparse": sparse}
-        self.parts = parts
+        self.parts = images.parts
+        self.images = images.all_parts
         self.states = states
         self.device = device
         self._step: Step | None = None
