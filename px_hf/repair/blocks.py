@@ -78,7 +78,8 @@ class Adam:
                 dist.broadcast(sparse.tensors[name], src=0)
         return LayerRepair(
             path, rows=sum(part.images for part in fitted), inputs=0, error_before=first,
-            error_after=_error(walk, fitted), held_out_before=before, held_out_after=best, repaired=at_best is not start,
+            error_after=_error(walk, fitted), held_out_before=before, held_out_after=best,
+            repaired=at_best is not start,
         )  # fmt: skip
 
     def _batches(self, parts: Sequence[Part]) -> list[set[str]]:

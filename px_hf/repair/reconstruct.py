@@ -205,7 +205,8 @@ def _warn_of_few_rows(found: list[LayerRepair]) -> None:
     ]
     if few and processes().is_main:
         warnings.warn(
-            f"{len(few)} layer(s) have more inputs than samples, and lean on the ridge: {listed(few)}. Pass more images.",
+            f"{len(few)} layer(s) have more inputs than samples, and lean on the ridge: {listed(few)}. Pass more "
+            "images.",
             stacklevel=3,
         )
 

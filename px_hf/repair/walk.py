@@ -54,12 +54,14 @@ class Walk:
 
     def arguments(self, which: str, part: Part) -> Any:
         """(args, kwargs) of the module of this step, as new tensors."""
-        assert self._step is not None and self._step.visit is not None
+        assert self._step is not None
+        assert self._step.visit is not None
         return filled(self._step.visit, self.states.get(f"{which}-{part.key}", self.device))
 
     def module(self, which: str) -> nn.Module:
         """The module of this step in that network."""
-        assert self._step is not None and self._step.visit is not None
+        assert self._step is not None
+        assert self._step.visit is not None
         return self.networks[which].model.get_submodule(self._step.visit.path)
 
     def leave(self) -> None:
