@@ -1,9 +1,9 @@
 """The shortest way through a network that sees each layer with the inputs that repaired layers before it leave.
 
 A layer's inputs in the repaired network are known once the layers before it are repaired, so each layer needs a
-forward of its own. It need not be a forward of everything: where a module hands its result to the next as it is, as the blocks
-of a ViT or ResNet do, what flows between them is kept, and only the module itself runs again. Which modules these are
-is not told by their names but seen in a forward: the output of one *is* the input of the next.
+forward of its own. It need not be a forward of everything: where a module hands its result to the next as it is, as
+the blocks of a ViT or ResNet do, what flows between them is kept, and only the module itself runs again. Which modules
+these are is not told by their names but seen in a forward: the output of one *is* the input of the next.
 """
 
 from __future__ import annotations
