@@ -5,19 +5,45 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from networks import NETWORKS, build, sizes
 from test_processes import environment
 from torch import Tensor, nn
+from transformers import SwinConfig, SwinForImageClassification
 
 import px_hf as px
 from px_hf.repair.calls import Geometry
 from px_hf.repair.solver import solve
+
+
+def small_swin() -> nn.Module:
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=5
+    )
+    return SwinForImageClassification(config)
+
+
+MORE: dict[str, Callable[[], nn.Module]] = {
+    "hf swin": small_swin,
+    "timm small efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),
+    "timm small resnet": lambda: timm.create_model("test_resnet", num_classes=5),
+    "timm small convnext": lambda: timm.create_model("test_convnext", num_classes=5),
+}
+"""Beside `NETWORKS`, of which the widest is left out: its least squares take a minute."""
+
+TABLE = [name for name in (*NETWORKS, *MORE) if name != "timm resnet"]
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MORE[name]() if name in MORE else build(name)
 
 
 def smooth(count: int, size: int, seed: int = 3) -> Tensor:
@@ -27,7 +53,7 @@ def smooth(count: int, size: int, seed: int = 3) -> Tensor:
 
 
 def calibration(name: str, count: int = 20, seed: int = 3) -> list[Tensor]:
-    return list(smooth(count, sizes(name), seed).float().split(5))
+    return list(smooth(count, 32 if name in MORE else sizes(name), seed).float().split(5))
 
 
 def some_masks(model: nn.Module, scope: str = "layer", sparsity: float = 0.5) -> px.Masks:
@@ -181,22 +207,20 @@ def test_one_layer_is_the_least_squares_solution(kind: str) -> None:
 # -- whole networks
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("given", ["the dense model", "the pruned model and its parent"])
-def test_what_is_promised_of_every_network(name: str, given: str) -> None:
-    dense = build(name).train()
+@pytest.mark.parametrize("name", TABLE)
+def test_what_is_promised_of_every_network(name: str) -> None:
+    dense = network(name).train()
     masks = some_masks(dense)
     model = copy.deepcopy(dense)
-    if given == "the pruned model and its parent":
+    parent_given = name in ("mlp", "hf vit", "hf resnet")
+    if parent_given:
         masks.apply_(model)
     model.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     parent = {key: value.clone() for key, value in dense.state_dict().items()}
     batches = calibration(name)
     state = torch.get_rng_state()
-    report = px.reconstruct_(
-        model, masks, batches, None if given == "the dense model" else dense, iterations=20, progress=False
-    )
+    report = px.reconstruct_(model, masks, batches, dense if parent_given else None, iterations=20, progress=False)
     assert torch.equal(state, torch.get_rng_state())
     assert model.training
     assert not any(p.requires_grad for p in model.parameters())
@@ -213,12 +237,12 @@ def test_what_is_promised_of_every_network(name: str, given: str) -> None:
         elif key not in biases:
             assert torch.equal(value, before[key]), key
     assert {layer.name for layer in report.layers} | report.skipped.keys() == set(masks)
-    assert not report.skipped
+    assert all(name.endswith("in_proj_weight") for name in report.skipped)  # nn.MultiheadAttention takes it apart
     assert all(layer.held_out_after <= layer.held_out_before for layer in report.layers)
     assert any(layer.repaired for layer in report.layers)
 
 
-@pytest.mark.parametrize("name", ["cnn", "hf vit", "hf resnet", "timm resnet"])
+@pytest.mark.parametrize("name", ["hf vit", "hf resnet"])
 def test_the_network_is_nearer_to_its_parent(name: str) -> None:
     model = build(name).eval()
     masks = some_masks(model)

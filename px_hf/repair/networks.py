@@ -23,7 +23,7 @@ class Network:
         self.model = model
         self.tensors = dict(tensors)
         self._paths = paths_of_tensors(model)
-        self._own = named_parameters(model)
+        self._own = named_parameters(model, remove_duplicate=False)
 
     def parameter(self, name: str) -> Tensor:
         """The tensor of that name that the network computes with."""

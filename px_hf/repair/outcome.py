@@ -56,7 +56,7 @@ class RepairReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [("layer", "rows", "inputs", "error", "repaired", "held out", "repaired")]
+        rows: list[tuple[str, ...]] = [("layer", "rows", "inputs", "error", "repaired", "held out", "repaired")]
         for layer in (*self.layers, *self.blocks):
             errors = (layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after)
             note = layer.name if layer.repaired else f"{layer.name} (left)"

@@ -103,13 +103,16 @@ def reconstruct_(
         stack.enter_context(full_precision(device_of(model)))
         stack.enter_context(undisturbed(model, batches))
         stack.enter_context(torch.no_grad())
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation, in which no layer is seen
         if processes().world_size > 1:
             require_agreement(model, batches)
         states = States(stack.enter_context(tempfile.TemporaryDirectory(prefix="px_hf-repair-")))
         images = read(batches, model, states)
-        sparse = Network(model, {name: masked(p, masks.tensors[name]) for name, p in parameters.items()})
+        first = {p: name for name, p in reversed(parameters.items())}  # of tied weights one stands for all
+        sparse = Network(model, {name: masked(p, masks.tensors[name]) for p, name in reversed(first.items())})
         walk = Walk(Network(parent, {}), sparse, images, states, device_of(model))
-        record = _record(sparse, masks, images, walk)
+        record = _record(sparse, images, walk)
         skipped = _skipped(record, masks, parameters)
         _with_biases(sparse, record)
         steps = route(record, _blocks(record, blocks) if method == "blocks" else None)
@@ -117,7 +120,7 @@ def reconstruct_(
         found, whole = _walk(walk, steps, LeastSquares(ridge, iterations), adam, masks, progress)
         _warn_of_few_rows(found)
         written = dict(sparse.tensors)
-    own = named_parameters(model)
+    own = named_parameters(model, remove_duplicate=False)
     with torch.no_grad():
         for name, tensor in written.items():
             own[name].copy_(tensor)
@@ -143,15 +146,17 @@ def _walk(
     return found, whole
 
 
-def _record(sparse: Network, masks: Masks, images: Images, walk: Walk) -> Record:
+def _record(sparse: Network, images: Images, walk: Walk) -> Record:
     first = images.parts[0].inputs(walk.states, walk.device)
+
+    names = list(sparse.tensors)
 
     def record(count: int) -> Record:
         repeated = Inputs(
             first.images[:1].repeat(count, *[1] * (first.images.dim() - 1)),
             {name: other[:1].repeat(count, *[1] * (other.dim() - 1)) for name, other in first.others.items()},
         )
-        return probe(sparse, masks.tensors, lambda: call(sparse.model, repeated))
+        return probe(sparse, names, lambda: call(sparse.model, repeated))
 
     found = same_but_for_size(record(1), record(2))
     return found if len(images.shapes) == 1 else Record(found.layers, [])
