@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from .masks import Masks
     from .ops import add_rule
     from .prune import prune
+    from .repair.outcome import RepairReport
+    from .repair.reconstruct import reconstruct_
     from .report import Report, report
     from .select import select
     from .structured.shrink import shrink
@@ -91,6 +93,7 @@ _LAZY = {
     "NTKTrace": "criteria",
     "PX": "criteria",
     "Random": "criteria",
+    "RepairReport": "repair.outcome",
     "Report": "report",
     "SNIP": "criteria",
     "SynFlow": "criteria",
@@ -110,6 +113,7 @@ _LAZY = {
     "merge_lora_": "lora",
     "prune": "prune",
     "push_to_hub": "hub.push",
+    "reconstruct_": "repair.reconstruct",
     "report": "report",
     "save_pretrained": "hub.saving",
     "select": "select",
@@ -152,6 +156,7 @@ __all__ = [
     "OutputExistsError",
     "PxError",
     "Random",
+    "RepairReport",
     "Report",
     "SynFlow",
     "SynFlowL2",
@@ -173,6 +178,7 @@ __all__ = [
     "merge_lora_",
     "prune",
     "push_to_hub",
+    "reconstruct_",
     "report",
     "save_pretrained",
     "select",
