@@ -49,9 +49,9 @@ def export_onnx(
 ) -> Export:
     """Write `model` as one ONNX file, checked with ONNX Runtime at batch sizes 1, 2 and 3.
 
-    `model`: an image classifier in float32 or float16, on a CPU, or a backbone without a classifier, of which the
-    file gives what docs/BACKBONES.md calls its default output, under the name `logits`; also in DistributedDataParallel or torch.compile. It
-    is exported in eval mode and left as it was.
+    `model`: an image classifier in float32 or float16, on a CPU, also in DistributedDataParallel or torch.compile; or
+    a backbone without a classifier, whose default output (docs/BACKBONES.md) the file then gives as `logits`. It is
+    exported in eval mode and left as it was.
     `example`: a batch of images as the model takes them, for their size; by default zeros of the size that the
     configuration names.
     `overwrite`: replace a file that is there.

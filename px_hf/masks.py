@@ -188,6 +188,15 @@ class Masks(Mapping[str, Tensor]):
         }
         return {name: count for name, count in counts.items() if count}
 
+    def under(self, path: str) -> Masks:
+        """The same masks for a model that holds the masked one as its part `path`, such as a detector's backbone.
+
+        ```python
+        masks = px.prune(detector.model.backbone, batches, px.PX(), sparsity=0.5).under("model.backbone")
+        ```
+        """
+        return Masks({f"{path}.{name}": mask for name, mask in self._tensors.items()})
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to one safetensors file, one bit a weight; missing parent folders are made.
 

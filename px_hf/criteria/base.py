@@ -61,9 +61,9 @@ class Criterion:
         """Score every prunable weight of ``model``, which is left untouched, in its own dtype whatever autocast is on.
 
         Args:
-            model: any module whose output is a tensor [N, K] or has ``.logits``, or a backbone without a
-                classifier (`px_hf.model.outputs`); also inside DistributedDataParallel, DataParallel, ``torch.compile`` or a ``PeftModel``, whose adapters are
-                switched off: the weights are scored as those of the plain model.
+            model: any module whose output is a tensor [N, K] or has ``.logits``, or a backbone without a classifier
+                (`px_hf.model.outputs`); also inside DistributedDataParallel, DataParallel, ``torch.compile`` or a
+                ``PeftModel``, whose adapters are switched off: the weights are scored as those of the plain model.
             batches: re-iterable of batches, see `px_hf.model.inputs`; criteria that need no data ignore it.
             masks: parameter name -> bool tensor (True = kept). The network is scored as if the
                 other weights were zero, and these get the score 0; a name that is absent is dense.
@@ -93,12 +93,11 @@ class Criterion:
             InvalidArgumentError: the criterion needs labels, and the output is no logits.
         """
         if self.needs_labels and has_no_classifier(model, output):
-            name = type(model).__name__
-            what = f"output={text_of(output)!r} of {name}" if output is not None else f"{name} has no classifier, so it"
+            what = f"{type(model).__name__} has no classifier: it" if output is None else f"output={text_of(output)!r}"
             raise InvalidArgumentError(
                 f"{repr(self).partition('(')[0]} scores by a loss with labels, and {what} gives no logits. Use a "
-                "criterion that needs no labels, such as px.PX(), px.NTKSAP(), px.NTKTrace(), px.SynFlow(), px.Wanda() "
-                "or px.Magnitude(), or give the model a classifier first."
+                "criterion that needs no labels: px.PX(), px.NTKSAP(), px.NTKTrace(), px.SynFlow(), px.Wanda(), "
+                "px.LAMP() or px.Magnitude(). Or give the model a classifier first."
             )
 
     def formula(self, given: Given) -> dict[str, Tensor]:

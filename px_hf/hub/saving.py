@@ -110,6 +110,11 @@ def _save(
     require_merged(model, "px.save_pretrained")
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
+        if hasattr(model, "feature_info"):
+            raise InvalidArgumentError(
+                "timm does not load the file of a model that was made with features_only=True. Prune and save "
+                "timm.create_model(name, pretrained=True, num_classes=0), and load that with features_only=True."
+            )
         raise InvalidArgumentError(
             f"save_pretrained needs a model of transformers or timm, got {type(model).__name__}. Of another module "
             "save the state_dict, and the masks with masks.save()."

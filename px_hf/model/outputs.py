@@ -177,7 +177,7 @@ def _names(returned: Any) -> list[str]:
 
 
 def _maps(returned: Any) -> list[Tensor]:
-    """The feature maps of a backbone of transformers, timm or torchvision: under that name, in a list, or a mapping."""
+    """The feature maps of a backbone of transformers, timm or torchvision: of that name, in a list, or a mapping."""
     found = _field(returned, "feature_maps")
     if found is None and isinstance(returned, Mapping):
         found = list(returned.values())
@@ -189,10 +189,7 @@ def _maps(returned: Any) -> list[Tensor]:
 
 def _pooled(maps: Sequence[Tensor], model: nn.Module) -> Tensor:
     """Each map averaged over its positions, one after the other: [N, D1 + D2 + ...]."""
-    info = getattr(getattr(model, "feature_info", None), "channels", None)
-    channels = info() if callable(info) and len(maps) > 1 else [None] * len(maps)
-    if len(channels) == len(maps):
-        maps = [_channels_at(each, count) for each, count in zip(maps, channels, strict=True)]
+    maps = [_channels_second(each, model) for each in maps]
     means = [each.flatten(2).mean(2) if each.dim() > 2 else each for each in maps]
     return means[0] if len(means) == 1 else torch.cat(means, 1)
 
@@ -203,14 +200,10 @@ def _tokens_last(value: Tensor) -> Tensor:
 
 
 def _channels_second(value: Tensor, model: nn.Module) -> Tensor:
-    """What a model of timm returns without pooling has its channels last."""
-    return _channels_at(value, getattr(model, "num_features", None) if has_no_classifier(model) else None)
-
-
-def _channels_at(value: Tensor, channels: int | None) -> Tensor:
-    """`value` with the dimension of so many channels as dimension 1, if that is the last."""
-    last = value.dim() > 2 and value.shape[-1] == channels and value.shape[1] != channels
-    return value.movedim(-1, 1) if last else value
+    """What a model of timm returns without a classifier may have its channels last: maps of Swin, and tokens."""
+    maps = value.dim() == 4 and str(getattr(model, "output_fmt", "")).endswith("NHWC")
+    tokens = value.dim() == 3 and getattr(model, "num_features", None) == value.shape[2] and has_no_classifier(model)
+    return value.movedim(-1, 1) if maps or tokens else value
 
 
 def _has_class_token(model: nn.Module) -> bool:
