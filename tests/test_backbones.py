@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import timm
 import torch
 import torchvision
 from hub_server import HubServer
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -23,6 +25,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    DetrConfig,
+    DetrForObjectDetection,
     Dinov2Config,
     Dinov2Model,
     DINOv3ViTConfig,
@@ -256,13 +260,11 @@ def test_an_output_of_a_classifier_can_be_named() -> None:
 )
 def test_an_output_that_there_is_not(output: Any, error: type[Exception], message: str) -> None:
     model, batches = made("ViTModel")
-    for call in (px.prune, px.gradual_pruning):
-        with pytest.raises(error, match=message):
-            if call is px.prune:
-                px.prune(model, batches, px.PX(), sparsity=0.5, output=output, progress=False)
-            else:
-                optimizer = torch.optim.SGD(model.parameters(), 0.1)
-                px.gradual_pruning(optimizer, model, batches, px.PX(), sparsity=0.5, total_steps=20, output=output)
+    with pytest.raises(error, match=message):
+        px.prune(model, batches, px.PX(), sparsity=0.5, output=output, progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(error, match=message):
+        px.gradual_pruning(optimizer, model, batches, px.PX(), sparsity=0.5, total_steps=20, output=output)
 
 
 def test_a_class_token_of_a_convolutional_backbone() -> None:
@@ -448,14 +450,12 @@ def test_shrinking_keeps_every_output_of_a_backbone() -> None:
             torch.testing.assert_close(small(batches[0])[name], value)
 
 
-def test_a_backbone_is_exported_with_its_embedding(tmp_path: Path) -> None:
-    import onnxruntime
+def test_a_backbone_is_exported_with_its_embedding() -> None:
+    from px_hf.export import _Logits
 
     model, (images,) = made("ViTModel")
-    px.export_onnx(model, tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"pixel_values": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), model(images).last_hidden_state[:, 0], atol=1e-4, rtol=1e-4)
+    exported = torch.export.export(_Logits(model).eval(), (images,)).module()
+    torch.testing.assert_close(exported(images), model(images).last_hidden_state[:, 0])
 
 
 # ------------------------------------------------------------------------- arguments of from_pretrained
@@ -549,3 +549,110 @@ def test_nearest_neighbours_of_a_backbone_without_labels() -> None:
             found, expected = head(Inputs(images)), run(model, Inputs(images))
             assert torch.equal(found, expected.flatten(2).mean(2) if expected.dim() > 2 else expected)
             assert float(F.cosine_similarity(found[:1], found[1:])) < 1 - 1e-6
+
+
+# ------------------------------------------------------------------------------- recipes, detection
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "CLIPModel"])
+def test_the_recipes_take_a_backbone_without_a_classifier(name: str, tmp_path: Path) -> None:
+    """Dense, pruned there on images without labels; and saved pruned, by the names of a classifier around it."""
+    from transformers import ViTImageProcessor
+
+    from px_hf.commands import evaluate_downstream, transfer
+
+    model, batches = made(name)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    for folder in ("dense", "pruned"):
+        if folder == "pruned":
+            masks = prune(model, batches, px.Magnitude())
+            masks.apply_(model)
+            px.save_pretrained(model, masks, tmp_path / folder, image_processor=processor)
+        else:
+            model.save_pretrained(tmp_path / folder)
+            processor.save_pretrained(tmp_path / folder)
+    few = [
+        "--max_train_samples",
+        "40",
+        "--max_eval_samples",
+        "20",
+        "--num_train_epochs",
+        "1",
+        "--disable_tqdm",
+        "true",
+    ]
+    (tmp_path / "unlabelled").mkdir()
+    Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / "unlabelled/1.png")
+    unlabelled = ["--unlabelled_dir", str(tmp_path / "unlabelled"), "--criterion", "px-active", "--rounds", "1"]
+    for folder, more in (("dense", ["--sparsity", "0.5", *unlabelled]), ("pruned", [])):
+        argv = ["--model_name_or_path", str(tmp_path / folder), "--output_dir", str(tmp_path / f"out-{folder}"), *few]
+        assert evaluate_downstream.main([*argv, "--tasks", "digits", "--methods", "knn", *more]) == 0
+        results = json.loads((tmp_path / f"out-{folder}/downstream.json").read_text())
+        names = [subject["name"] for subject in results["subjects"] if subject["kind"] == "pruned"]
+        assert names == ["pruned 50 %"]
+        assert 0 <= results["tasks"]["digits"]["results"][names[0]]["knn"]["scores"]["accuracy"]["value"] <= 1
+    argv = ["--model_name_or_path", str(tmp_path / "dense"), "--output_dir", str(tmp_path / "transfer"), *few]
+    argv += ["--prune_on", "source", "--targets", "digits", "--sparsity", "0.5", "--random_control", "false"]
+    assert transfer.main([*argv, *unlabelled]) == 0
+
+
+def test_a_backbone_without_a_classifier_in_transformers_is_an_error(tmp_path: Path) -> None:
+    from px_hf.commands import evaluate_downstream
+
+    CLIPVisionModel(CLIPVisionConfig(**SIZES)).save_pretrained(tmp_path / "vision")
+    from transformers import ViTImageProcessor
+
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vision")
+    argv = [
+        "--model_name_or_path",
+        str(tmp_path / "vision"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--tasks",
+        "digits",
+    ]
+    assert evaluate_downstream.main([*argv, "--max_train_samples", "20", "--max_eval_samples", "20"]) == 1
+    error = json.loads((tmp_path / "out/downstream.json").read_text())["tasks"]["digits"]["error"]
+    assert "clip_vision_model, to which transformers adds no classifier" in error
+
+
+def detector() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    return DetrForObjectDetection(
+        DetrConfig(backbone_config=copy.deepcopy(RESNET), d_model=16, num_queries=4, num_labels=3, **sizes)
+    )
+
+
+def test_the_backbone_of_a_detector_is_pruned_and_the_detector_trained() -> None:
+    model, images = detector(), torch.randn(2, 3, 32, 32)
+    where = "model.backbone.model"
+    own = prune(model.get_submodule(where), [images], px.PX("active"))
+    with pytest.raises(px.TargetError, match=r"masks\.under\('model\.backbone\.model'\)"):
+        own.apply_(model)
+    masks = own.under(where)
+    masks.apply_(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])} for _ in images]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with px.keep_masks(optimizer, model, masks):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(pixel_values=images, labels=labels).loss.backward()
+            optimizer.step()
+    assert not masks.revived(model)
+    learnt = [name for name in masks if model.get_parameter(name).requires_grad]  # DETR freezes the first stages
+    assert learnt
+    assert all(not torch.equal(before[name], model.get_parameter(name)) for name in learnt)
+    assert px.report(model, masks, images).macs
+
+
+def test_the_decoder_stays_dense_where_the_encoder_is_pruned_for() -> None:
+    model, images = detector(), torch.randn(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match=r"'encoder_last_hidden_state'.*model\.decoder"):
+        masks = px.prune(
+            model, [images], px.Magnitude(), sparsity=0.5, output="encoder_last_hidden_state", progress=False
+        )
+    assert {name.split(".")[1] for name in masks} >= {"backbone", "encoder"}
+    assert not any("decoder" in name for name in masks)

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import TargetError, listed
 from .adapters import adapted_layers, added_modules
 from .outputs import is_bare
+from .quantized import require_plain
 from .wrappers import named_parameters, unwrap
 
 PRUNABLE_LAYERS: Final = (
@@ -148,10 +149,11 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
 
     Raises:
         TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded, or
-            computed from other parameters (`torch.nn.utils.prune`, weight norm, parametrizations).
+            quantized, or computed from other parameters (`torch.nn.utils.prune`, weight norm, parametrizations).
     """
     model = unwrap(model)
     require_whole(model)
+    require_plain(model, "Pruning")
     left_out: set[nn.Module] = set() if prune_head else head_modules(model)
     left_out |= patch_embedding(model) | added_modules(model)
     _require_own_weights(model, left_out)
