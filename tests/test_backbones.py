@@ -589,7 +589,10 @@ def test_the_recipes_take_a_backbone_without_a_classifier(name: str, tmp_path: P
         assert evaluate_downstream.main([*argv, "--tasks", "digits", "--methods", "knn", *more]) == 0
         results = json.loads((tmp_path / f"out-{folder}/downstream.json").read_text())
         names = [subject["name"] for subject in results["subjects"] if subject["kind"] == "pruned"]
-        assert names == ["pruned 50 %"]
+        share = (
+            {"ViTModel": "50", "CLIPModel": "51"}[name] if folder == "pruned" else "50"
+        )  # its projection is left out
+        assert names == [f"pruned {share} %"]
         assert 0 <= results["tasks"]["digits"]["results"][names[0]]["knn"]["scores"]["accuracy"]["value"] <= 1
     argv = ["--model_name_or_path", str(tmp_path / "dense"), "--output_dir", str(tmp_path / "transfer"), *few]
     argv += ["--prune_on", "source", "--targets", "digits", "--sparsity", "0.5", "--random_control", "false"]
@@ -632,6 +635,7 @@ def test_the_backbone_of_a_detector_is_pruned_and_the_detector_trained() -> None
     with pytest.raises(px.TargetError, match=r"masks\.under\('model\.backbone\.model'\)"):
         own.apply_(model)
     masks = own.under(where)
+    model.requires_grad_(True)  # DETR freezes the first stages
     masks.apply_(model)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])} for _ in images]
@@ -642,9 +646,7 @@ def test_the_backbone_of_a_detector_is_pruned_and_the_detector_trained() -> None
             model(pixel_values=images, labels=labels).loss.backward()
             optimizer.step()
     assert not masks.revived(model)
-    learnt = [name for name in masks if model.get_parameter(name).requires_grad]  # DETR freezes the first stages
-    assert learnt
-    assert all(not torch.equal(before[name], model.get_parameter(name)) for name in learnt)
+    assert all(not torch.equal(before[name], model.get_parameter(name)) for name in masks)
     assert px.report(model, masks, images).macs
 
 

@@ -37,8 +37,8 @@ def require_plain(model: nn.Module, what: str) -> None:
     if found := quantized_layers(model):
         raise TargetError(
             f"{what} needs plain weights, and {len(found)} of {type(model).__name__} are quantized: "
-            f"{listed(found, 3)}. Prune, train and save the plain model first, and quantize it last: model = px.from_pretrained(folder), "
-            "then quantize_(model, ...). Zeros stay zero, and masks.revived(model) checks them (docs/SAVING.md)."
+            f"{listed(found, 3)}. Prune, train and save the plain model first, and quantize it last: "
+            "model = px.from_pretrained(folder), then quantize_(model, ...). Zeros stay zero, and masks.revived(model) checks them (docs/SAVING.md)."
         )
 
 
