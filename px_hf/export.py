@@ -27,6 +27,7 @@ from .errors import CheckpointError, DependencyError, InvalidArgumentError, Outp
 from .model.example import default_example
 from .model.inputs import Inputs, inputs_of, run
 from .model.modes import evaluating
+from .model.outputs import default_name
 from .model.wrappers import unwrap
 
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
@@ -48,8 +49,9 @@ def export_onnx(
 ) -> Export:
     """Write `model` as one ONNX file, checked with ONNX Runtime at batch sizes 1, 2 and 3.
 
-    `model`: an image classifier in float32 or float16, on a CPU, also in DistributedDataParallel or torch.compile. It
-    is exported in eval mode and left as it was.
+    `model`: an image classifier in float32 or float16, on a CPU, also in DistributedDataParallel or torch.compile; or
+    a backbone without a classifier, whose default output (docs/BACKBONES.md) the file then gives as `logits`. It is
+    exported in eval mode and left as it was.
     `example`: a batch of images as the model takes them, for their size; by default zeros of the size that the
     configuration names.
     `overwrite`: replace a file that is there.
@@ -96,9 +98,10 @@ class _Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.output = default_name(model)  # which cannot be seen while torch traces
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return run(self.model, Inputs(pixel_values))
+        return run(self.model, Inputs(pixel_values), self.output)
 
 
 def _check(model: nn.Module) -> float:

@@ -39,6 +39,7 @@ from .errors import CheckpointError, DataError, LaunchError
 from .keep import MaskKeeper, unwrapped_optimizer
 from .masks import Masks
 from .model.inputs import Batches, inputs_of
+from .model.outputs import Output
 from .model.undisturbed import undisturbed
 from .model.wrappers import unwrap
 from .plan import ROUNDS, UNTIL, Plan
@@ -59,6 +60,7 @@ def gradual_pruning(
     scope: str | Scope | None = None,
     prune_head: bool = False,
     min_layer_density: float = 0.0,
+    output: Output = None,
     state: Mapping[str, Any] | None = None,
 ) -> GradualPruner:
     """Prune `model` now, and again after steps of `optimizer`, until `sparsity` is reached; keep all zeros.
@@ -94,7 +96,7 @@ def gradual_pruning(
         total_steps: how many steps of the optimizer the training has, ≥ 1.
         rounds: T, in [1, `total_steps`].
         until: the share of the steps after which the last round is made, in (0, 1].
-        scope, prune_head, min_layer_density: as for `px.prune`.
+        scope, prune_head, min_layer_density, output: as for `px.prune`.
         state: what `state_dict` of a handle with the same settings gave, to go on from there.
 
     Returns:
@@ -107,7 +109,7 @@ def gradual_pruning(
         CheckpointError: ``state`` is of other settings, or the model does not have its zeros.
         LaunchError: the processes hold different models.
     """
-    plan = Plan(criterion, sparsity, rounds, until, scope, prune_head, min_layer_density)
+    plan = Plan(criterion, sparsity, rounds, until, scope, prune_head, min_layer_density, output)
     return GradualPruner(optimizer, model, batches, plan, total_steps, state=state)
 
 
@@ -136,7 +138,7 @@ class GradualPruner:
         with undisturbed(model, batches):
             self._rounds = Rounds(
                 model, batches, plan.criterion, sparsity=plan.sparsity, rounds=plan.rounds, scope=plan.scope,
-                prune_head=plan.prune_head, min_layer_density=plan.min_layer_density, repeat=True,
+                prune_head=plan.prune_head, min_layer_density=plan.min_layer_density, output=plan.output, repeat=True,
             )  # fmt: skip
             if plan.criterion.needs_data:  # a resumed run would only meet them at its next round
                 next(inputs_of(batches, unwrap(model)))

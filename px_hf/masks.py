@@ -28,6 +28,7 @@ from .atomic import whole
 from .errors import CheckpointError, InvalidArgumentError, TargetError, listed
 from .masks_file import MASKS_FILE
 from .model.nesting import where_they_fit
+from .model.quantized import plain, require_plain
 from .model.wrappers import named_parameters
 
 
@@ -155,6 +156,7 @@ class Masks(Mapping[str, Tensor]):
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
                 misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
         if misfits:
+            require_plain(model, "Masks.match")
             advice = where_they_fit(model, {name: mask.shape for name, mask in self._tensors.items()}) or (
                 "Masks belong to the architecture that they were made for: use the model they came from, or prune "
                 "this one."
@@ -170,23 +172,36 @@ class Masks(Mapping[str, Tensor]):
         """Set the pruned weights of `model` to zero (+0.0, whatever they held), in place.
 
         Raises:
-            TargetError: the masks do not fit the model, see `match`; then nothing was changed.
+            TargetError: the masks do not fit the model, see `match`, or it is quantized; then nothing was changed.
         """
-        for name, parameter in self.match(model).items():
+        parameters = self.match(model)
+        require_plain(model, "masks.apply_")
+        for name, parameter in parameters.items():
             parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
 
     @torch.no_grad()
     def revived(self, model: nn.Module) -> dict[str, int]:
         """How many pruned weights of `model` are not zero, for the names where there are any; NaN is not zero.
 
+        Weights that torchao has quantized are compared as the numbers that they stand for.
+
         Raises:
             TargetError: the masks do not fit the model: see `match`.
         """
         counts = {
-            name: int(parameter.masked_fill(self._tensors[name].to(parameter.device), 0).count_nonzero())
+            name: int(plain(parameter).masked_fill(self._tensors[name].to(parameter.device), 0).count_nonzero())
             for name, parameter in self.match(model).items()
         }
         return {name: count for name, count in counts.items() if count}
+
+    def under(self, path: str) -> Masks:
+        """The same masks for a model that holds the masked one as its part `path`, such as a detector's backbone.
+
+        ```python
+        masks = px.prune(detector.model.backbone, batches, px.PX(), sparsity=0.5).under("model.backbone")
+        ```
+        """
+        return Masks({f"{path}.{name}": mask for name, mask in self._tensors.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the masks to one safetensors file, one bit a weight; missing parent folders are made.

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from .criteria import Criterion
 from .errors import InvalidArgumentError
+from .model.outputs import Output, text_of
 from .prune import check_settings
 from .scopes import Scope, as_number
 
@@ -34,9 +35,10 @@ class Plan:
     scope: str | Scope | None = None
     prune_head: bool = False
     min_layer_density: float = 0.0
+    output: Output = None
 
     def __post_init__(self) -> None:
-        check_settings(self.criterion, self.sparsity, self.rounds, self.scope, self.min_layer_density)
+        check_settings(self.criterion, self.sparsity, self.rounds, self.scope, self.min_layer_density, self.output)
         check_until(self.until)
 
     def steps(self, total_steps: int) -> tuple[int, ...]:
@@ -54,6 +56,7 @@ class Plan:
             "scope": scope.name,
             "prune_head": self.prune_head,
             "min_layer_density": self.min_layer_density,
+            "output": text_of(self.output),
             "total_steps": total_steps,
         }
 

@@ -15,6 +15,8 @@ from .errors import InvalidArgumentError, TargetError, listed
 from .masks import Masks
 from .model.adapters import adapters_off, warn_of_trained_adapters
 from .model.inputs import Batches
+from .model.outputs import Output, check_output
+from .model.reached import reached
 from .model.targets import prunable
 from .model.wrappers import unwrap
 from .scopes import Scope, as_scope, check_min_layer_density, check_sparsity
@@ -31,6 +33,7 @@ def prune(
     scope: str | Scope | None = None,
     prune_head: bool = False,
     min_layer_density: float = 0.0,
+    output: Output = None,
     progress: bool = True,
 ) -> Masks:
     """Find the masks of a sparse subnetwork of ``model``, which is left untouched.
@@ -48,8 +51,8 @@ def prune(
     of them, and all end with the masks that one process would find.
 
     Args:
-        model: any module whose output is a tensor [N, K] or has ``.logits``. A ``PeftModel`` is pruned as the model
-            that it was made of, without its adapters.
+        model: any module whose output is a tensor [N, K] or has ``.logits``, or a backbone without a classifier, see
+            ``output``. A ``PeftModel`` is pruned as the model that it was made of, without its adapters.
         batches: re-iterable of calibration batches: tensors [N, C, H, W], pairs (images, labels), or
             mappings with ``pixel_values`` and, where the criterion needs them, ``labels`` or ``label``.
         criterion: what to score by, for example ``PX()``, ``Magnitude()``.
@@ -65,6 +68,10 @@ def prune(
         prune_head: also prune the classifier head.
         min_layer_density: with scope ``"global"``, the fraction of each layer that is kept in any case, in
             [0, 1 - sparsity], against layers that are pruned empty; with a structured scope, of its units.
+        output: which of the model's outputs the weights are scored for: its name (``"pooler_output"``,
+            ``"class_token"``, ``"last_hidden_state"``, ``"feature_maps"``, ...), or a function of all that the model
+            returns to a tensor [N, K, ...]. Default: the logits; of a model without a classifier, what it is used
+            for (docs/BACKBONES.md). Weights that the output does not depend on stay dense, and a warning names them.
         progress: show a bar over the rounds, on the main process.
 
     Returns:
@@ -72,7 +79,7 @@ def prune(
         no more than ``sparsity · weights``, and fewer by less than one unit.
 
     Raises:
-        InvalidArgumentError: a setting outside its range.
+        InvalidArgumentError: a setting outside its range, or a criterion of a loss for a model without a classifier.
         TargetError: no prunable weights, weights that no path reaches, inputs that ``"n:m"`` does not divide, or units
             that hold less than ``sparsity``.
         DataError: ``batches`` is empty, can be read only once, or is malformed.
@@ -82,7 +89,7 @@ def prune(
     """
     pruning = Rounds(
         model, batches, criterion, sparsity=sparsity, rounds=rounds, scope=scope, prune_head=prune_head,
-        min_layer_density=min_layer_density,
+        min_layer_density=min_layer_density, output=output,
     )  # fmt: skip
     title = f"Pruning with {type(criterion).__name__}"
     for _ in tqdm(range(pruning.count), desc=title, unit="round",
@@ -122,18 +129,21 @@ class Rounds:
         scope: str | Scope | None = None,
         prune_head: bool = False,
         min_layer_density: float = 0.0,
+        output: Output = None,
         repeat: bool = False,
     ) -> None:
-        found = check_settings(criterion, sparsity, rounds, scope, min_layer_density)
+        found = check_settings(criterion, sparsity, rounds, scope, min_layer_density, output)
         self.model = unwrap(model)
-        self.targets = found.targets(self.model, prunable(self.model, prune_head))
-        _require_finite(self.targets)
+        criterion.require_classes(self.model, output)
+        weights = prunable(self.model, prune_head)
+        _require_finite(weights)
         warn_of_trained_adapters(self.model)
         with adapters_off(self.model):
+            self.targets = found.targets(self.model, reached(self.model, weights, batches, output, warn=True))
             self.scope = found.begin(self.model, batches, self.targets, criterion)
         self.scope.check_budget(self.targets, sparsity, min_layer_density)
         self.batches, self.sparsity, self.prune_head = batches, sparsity, prune_head
-        self.min_layer_density = min_layer_density
+        self.min_layer_density, self.output = min_layer_density, output
         self.count = rounds if repeat or criterion.iterative else 1
         self.done = 0
         self.masks: Masks | None = None
@@ -150,6 +160,7 @@ class Rounds:
             self.batches,
             masks=None if self.masks is None else self.masks.tensors,
             prune_head=self.prune_head,
+            output=self.output,
         )
         self.masks = self.scope.choose(
             {name: score for name, score in scores.items() if name in self.targets},
@@ -165,7 +176,12 @@ class Rounds:
 
 
 def check_settings(
-    criterion: Criterion, sparsity: float, rounds: int, scope: str | Scope | None, min_layer_density: float = 0.0
+    criterion: Criterion,
+    sparsity: float,
+    rounds: int,
+    scope: str | Scope | None,
+    min_layer_density: float = 0.0,
+    output: Output = None,
 ) -> Scope:
     """The scope to use, if the settings of `prune` are right whatever the model.
 
@@ -178,6 +194,7 @@ def check_settings(
     check_sparsity(sparsity)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise InvalidArgumentError(f"rounds={rounds!r}: expected a whole number ≥ 1.")
+    check_output(output)
     found = as_scope(criterion.scope if scope is None else scope)
     found.check_criterion(criterion)
     check_min_layer_density(min_layer_density, sparsity)

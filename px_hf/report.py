@@ -25,6 +25,7 @@ from .model.adapters import adapters_off, added_modules
 from .model.example import default_example
 from .model.inputs import Inputs, call, inputs_of
 from .model.modes import evaluating
+from .model.quantized import plain_weights
 from .model.wrappers import unwrap
 
 
@@ -231,7 +232,7 @@ def _own_parameters(model: nn.Module) -> list[nn.Parameter]:
 def _count_flops(model: nn.Module, inputs: Inputs) -> _Flops:
     fused_attention = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
-    with evaluating(model), adapters_off(model), _buffers_kept(model), torch.no_grad():
+    with evaluating(model), adapters_off(model), plain_weights(model), _buffers_kept(model), torch.no_grad():
         try:
             # The fused inference kernel of nn.MultiheadAttention is one op that is not counted.
             torch.backends.mha.set_fastpath_enabled(False)

@@ -132,11 +132,13 @@ def test_another_failure_of_the_model_is_its_own() -> None:
     assert not isinstance(error.value, px.PxError)
 
 
-def test_feature_maps_are_refused() -> None:
+def test_the_weights_before_all_feature_maps_are_pruned() -> None:
     model = timm.create_model("resnet10t", features_only=True)
     example = torch.rand(1, 3, 32, 32)
-    with pytest.raises(px.DataError, match=r"returned 5 feature maps.*wrap it in a module that returns one tensor"):
-        px.prune(model, [example], px.PX("active"), sparsity=0.5, rounds=1, progress=False)
-    masks = px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)
+    for masks in (
+        px.prune(model, [example], px.PX("active"), sparsity=0.5, rounds=1, progress=False),
+        px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False),
+    ):
+        assert set(masks) == {name for name, p in model.named_parameters() if p.dim() > 1}
+        assert np.isclose(masks.sparsity, 0.5, atol=1e-4)
     assert px.report(model, masks, example).macs
-    assert np.isclose(masks.sparsity, 0.5, atol=1e-4)

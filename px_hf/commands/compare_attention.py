@@ -18,6 +18,7 @@ import px_hf as px
 
 from ..criteria import Criterion
 from ..model.inputs import Batches
+from ..model.outputs import Output
 from ..ops.call import Call, times
 from ..ops.companions import Flow, Gate, Paths, Upstream
 from ..ops.gates import branch, unit_gain
@@ -42,10 +43,11 @@ class QueriesKeys(Criterion):
         *,
         masks: Mapping[str, Tensor] | None = None,
         prune_head: bool = False,
+        output: Output = None,
     ) -> dict[str, Tensor]:
         """See `Criterion.score`."""
         flow = px.PX(paths="active")
-        settings: dict[str, Any] = {"masks": masks, "prune_head": prune_head}
+        settings: dict[str, Any] = {"masks": masks, "prune_head": prune_head, "output": output}
         rule = px.add_rule(F.scaled_dot_product_attention, by_means) if self.policy == "means" else nullcontext()
         with rule:
             shares = flow.score(model, batches, **settings)  # θ² · ∂R/∂θ²

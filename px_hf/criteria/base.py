@@ -7,9 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ..errors import InvalidArgumentError
 from ..model.adapters import adapters_off
 from ..model.inputs import Batches
 from ..model.modes import device_of, full_precision
+from ..model.outputs import Output, check_output, has_no_classifier, text_of
 from ..model.wrappers import unwrap
 from ..scoring.given import Given
 from ..scoring.masking import masked
@@ -54,27 +56,49 @@ class Criterion:
         *,
         masks: Mapping[str, Tensor] | None = None,
         prune_head: bool = False,
+        output: Output = None,
     ) -> dict[str, Tensor]:
         """Score every prunable weight of ``model``, which is left untouched, in its own dtype whatever autocast is on.
 
         Args:
-            model: any module whose output is a tensor [N, K] or has ``.logits``, also inside
-                DistributedDataParallel, DataParallel, ``torch.compile`` or a ``PeftModel``, whose adapters are
-                switched off: the weights are scored as those of the plain model.
+            model: any module whose output is a tensor [N, K] or has ``.logits``, or a backbone without a classifier
+                (`px_hf.model.outputs`); also inside DistributedDataParallel, DataParallel, ``torch.compile`` or a
+                ``PeftModel``, whose adapters are switched off: the weights are scored as those of the plain model.
             batches: re-iterable of batches, see `px_hf.model.inputs`; criteria that need no data ignore it.
             masks: parameter name -> bool tensor (True = kept). The network is scored as if the
                 other weights were zero, and these get the score 0; a name that is absent is dense.
             prune_head: also score the classifier head.
+            output: what to score for, as for `px_hf.prune`.
 
         Returns:
-            Name of the parameter (of the model outside wrappers) -> scores of its shape, non-negative, finite.
+            Name of the parameter (of the model outside wrappers) -> scores of its shape, non-negative, finite. Weights
+            that the output of a backbone does not depend on have none.
+
+        Raises:
+            InvalidArgumentError: the criterion needs labels, and the output is no logits.
         """
-        given = Given(unwrap(model), batches, masks or {}, prune_head)
+        check_output(output)
+        given = Given(unwrap(model), batches, masks or {}, prune_head, output)
+        self.require_classes(given.model, output)
         with adapters_off(given.model), full_precision(device_of(given.model)):
             scores = dict(self.formula(given))
         for name in scores.keys() & given.masks.keys():  # one after the other: they are as large as the model
             scores[name] = masked(scores[name], given.masks[name])
         return scores
+
+    def require_classes(self, model: nn.Module, output: Output) -> None:
+        """A criterion of a loss needs the logits that the loss is of.
+
+        Raises:
+            InvalidArgumentError: the criterion needs labels, and the output is no logits.
+        """
+        if self.needs_labels and has_no_classifier(model, output):
+            what = f"{type(model).__name__} has no classifier: it" if output is None else f"output={text_of(output)!r}"
+            raise InvalidArgumentError(
+                f"{repr(self).partition('(')[0]} scores by a loss with labels, and {what} gives no logits. Use a "
+                "criterion that needs no labels: px.PX(), px.NTKSAP(), px.NTKTrace(), px.SynFlow(), px.Wanda(), "
+                "px.LAMP() or px.Magnitude(). Or give the model a classifier first."
+            )
 
     def formula(self, given: Given) -> dict[str, Tensor]:
         """The scores of the kept weights by name; what stands where a weight is pruned is not looked at."""

@@ -1,7 +1,7 @@
 """Frozen features: what the classifier head of a model is given, computed once and kept in files.
 
 The feature of an image is the input of the first convolution or linear layer of the head that runs, averaged over
-positions where it has any; for a model without a head, its output.
+positions where it has any; for a model without a head, its output (`px_hf.model.outputs`).
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class _HeadInput:
     def __call__(self, inputs: Inputs) -> Tensor:
         self._seen = None
         output = run(self.model, inputs)
+        if self._seen is not None and self._seen.dim() == 3:  # [N, tokens, D]
+            return self._seen.mean(1)
         features = output if self._seen is None else self._seen
-        if features.dim() == 3:  # [N, tokens, D]
-            return features.mean(1)
-        return features.flatten(2).mean(2) if features.dim() > 3 else features
+        return features.flatten(2).mean(2) if features.dim() > 2 else features
 
 
 class FeatureCache:

@@ -19,6 +19,7 @@ from ..errors import InvalidArgumentError, listed
 from ..masks_file import MASKS_FILE
 from ..plan import SCHEDULES
 from ..report import Report
+from .kinds import kind_of
 
 CARD_FILE = "README.md"
 PLOT_FILE = "per_layer_sparsity.png"
@@ -82,8 +83,10 @@ def model_card(
         costs=_costs(report),
         has_macs=report.macs is not None,
         files=_weights(files),
-        stock_code=_stock_code(library, repo_id, revision, "preprocessor_config.json" in files, _segments(config)),
-        task=_task(config),
+        stock_code=_stock_code(
+            library, repo_id, revision, "preprocessor_config.json" in files, kind_of(config).loader
+        ),
+        task=kind_of(config).task,
         pipeline=library == "timm" or "preprocessor_config.json" in files,
         revision="" if revision is None else f', revision="{revision}"',
         settings=_settings(px),
@@ -125,7 +128,7 @@ def _metadata(
     base, dataset = _hub_base(px), str(px.get("dataset_id") or px.get("dataset") or "")
     evaluations = [
         EvalResult(
-            task_type=_task(config),
+            task_type=kind_of(config).task,
             dataset_type=dataset,
             dataset_name=str(px.get("dataset") or dataset),
             dataset_split=split,
@@ -143,7 +146,7 @@ def _metadata(
     return ModelCardData(
         library_name=library,
         license=license,
-        pipeline_tag=_task(config),
+        pipeline_tag=kind_of(config).task,
         tags=[*TAGS],
         base_model=base,
         datasets=[px["dataset_id"]] if px.get("dataset_id") else None,
@@ -162,7 +165,7 @@ def _hub_base(px: Mapping[str, Any]) -> str | None:
 def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
     what = config.get("architecture") or (config.get("architectures") or ["model"])[0]
     classes = config.get("num_classes") or len(config.get("id2label") or ())
-    facts = [f"{'Semantic segmentation model' if _segments(config) else 'Image classifier'} {_code(what)}"]
+    facts = [f"{kind_of(config).what} {_code(what)}"]
     if classes:
         facts.append(f"{classes:,} classes")
     if px.get("base_model"):
@@ -190,15 +193,6 @@ def _while_training(px: Mapping[str, Any]) -> str:
     when += f" over the first {100 * until:.4g} % of its training" if until else ""
     early = ", the last of which its training did not reach" if px.get("ended_early") else ""
     return f", while it was fine-tuned,{when}{early}"
-
-
-def _segments(config: Mapping[str, Any]) -> bool:
-    return str((config.get("architectures") or [""])[0]).endswith("ForSemanticSegmentation")
-
-
-def _task(config: Mapping[str, Any]) -> str:
-    """The Hub's name of the task, which is that of the pipeline too."""
-    return "image-segmentation" if _segments(config) else "image-classification"
 
 
 def _control(px: Mapping[str, Any]) -> str | None:
@@ -253,13 +247,12 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     )
 
 
-def _stock_code(library: str, repo_id: str, revision: str | None, has_processor: bool, segments: bool) -> str:
+def _stock_code(library: str, repo_id: str, revision: str | None, has_processor: bool, loader: str) -> str:
     if library == "timm":
         at = f"@{revision}" if revision else ""
         return f'import timm\n\nmodel = timm.create_model("hf-hub:{repo_id}{at}", pretrained=True).eval()'
     more = f', revision="{revision}"' if revision else ""
-    auto = "AutoModelForSemanticSegmentation" if segments else "AutoModelForImageClassification"
-    lines, names = [f'model = {auto}.from_pretrained("{repo_id}"{more})'], [auto]
+    lines, names = [f'model = {loader}.from_pretrained("{repo_id}"{more})'], [loader]
     if has_processor:
         lines.append(f'processor = AutoImageProcessor.from_pretrained("{repo_id}"{more})')
         names.insert(0, "AutoImageProcessor")

@@ -41,6 +41,7 @@ from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.adapters import require_merged
 from ..model.empty import build_empty
+from ..model.quantized import require_plain
 from ..model.widths import structure_of
 from ..model.wrappers import inner_name, named_parameters, unwrap
 from ..version import __version__, commit
@@ -74,7 +75,7 @@ def save_pretrained(
     All is written beside the folder first: if something fails, the folder is as it was.
 
     Raises:
-        TargetError: the masks do not fit the model, or its pruned weights are not zero.
+        TargetError: the masks do not fit the model, it is quantized, or its pruned weights are not zero.
         InvalidArgumentError: the model is of neither library, or the provenance is not JSON.
         OutputExistsError: a file would be overwritten.
     """
@@ -109,7 +110,13 @@ def _save(
 ) -> None:
     require_merged(model, "px.save_pretrained")
     model = unwrap(model)
+    require_plain(model, "px.save_pretrained")
     if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
+        if hasattr(model, "feature_info"):
+            raise InvalidArgumentError(
+                "timm does not load the file of a model that was made with features_only=True. Prune and save "
+                "timm.create_model(name, pretrained=True, num_classes=0), and load that with features_only=True."
+            )
         raise InvalidArgumentError(
             f"save_pretrained needs a model of transformers or timm, got {type(model).__name__}. Of another module "
             "save the state_dict, and the masks with masks.save()."

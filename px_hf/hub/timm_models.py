@@ -21,7 +21,7 @@ WRAPPER_PREFIX = "timm_model."
 def is_timm_model(model: nn.Module) -> bool:
     """Whether `timm.create_model` made this model, and so can make it again."""
     config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, Mapping):
+    if not isinstance(config, Mapping) or not hasattr(model, "num_classes"):  # as one with features_only=True
         return False
     import timm
 

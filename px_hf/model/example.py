@@ -29,6 +29,7 @@ def example_of(model: nn.Module, example: Any = None) -> Inputs:
 def default_example(model: nn.Module) -> Tensor | None:
     """One image of zeros of the size that the model's configuration names, or None."""
     config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)  # of a model of images and texts
     size = getattr(config, "image_size", None)
     if size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NonFiniteError, PxError, listed
+from ..errors import DataError, NonFiniteError, PxError
 from .batches import images_of, labels_of, misfit, require_batches, require_images
+from .outputs import Output, tensor_of
 from .wrappers import paths_of_tensors
 
 Batches = Iterable[Any]
@@ -88,36 +89,27 @@ def _others(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name in named and isinstance(value, Tensor)}
 
 
-def run(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The logits [N, K] of ``model`` for ``inputs``.
+def run(model: nn.Module, inputs: Inputs, output: Output = None) -> Tensor:
+    """The logits [N, K] of ``model`` for ``inputs``, or another output of it: see `px_hf.model.outputs`.
 
     Raises:
-        DataError: the output is neither a tensor [N, K] nor has ``.logits``, or the images do not fit the model.
+        DataError: it returns none that can be scored for, or the images do not fit the model.
+        InvalidArgumentError: it returns none of the name ``output``.
     """
-    output = call(model, inputs)
-    logits = getattr(output, "logits", output)
-    named_otherwise = getattr(output, "last_hidden_state", None)  # as transformers' PPLCNet does
-    if isinstance(named_otherwise, Tensor) and named_otherwise.dim() == 2:
-        logits = named_otherwise
-    if isinstance(logits, (tuple, list)) and logits:
-        _require_one_output(logits, model)
-        logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(
-            f"{type(model).__name__} returned {shape}; expected a tensor [N, K] or an output with .logits."
-        )
-    return logits
+    return tensor_of(call(model, inputs), model, output)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """What ``model`` returns for ``inputs``.
+    """What ``model`` returns for ``inputs``; of a model of images and texts that is given no text, its image features.
 
     Raises:
         DataError: the images do not fit the model.
     """
     keyword = "pixel_values" in inspect.signature(model.forward).parameters
     try:
+        features = getattr(model, "get_image_features", None)
+        if callable(features) and "input_ids" not in inputs.others:
+            return _embeds(features(pixel_values=inputs.images))
         if keyword:
             return model(pixel_values=inputs.images, **inputs.others)
         return model(inputs.images, **inputs.others)
@@ -129,23 +121,21 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         raise DataError(f"the images{which} {problem} ({type(model).__name__}: {error})") from error
 
 
-def _require_one_output(outputs: Sequence[Any], model: nn.Module) -> None:
-    """A list of feature maps is not a list that begins with logits."""
-    maps = [output for output in outputs if isinstance(output, Tensor) and output.dim() > 2]
-    if len(outputs) > 1 and len(maps) == len(outputs):
-        raise DataError(
-            f"{type(model).__name__} returned {len(maps)} feature maps, of shapes "
-            f"{listed(tuple(each.shape) for each in maps)}; expected a tensor [N, K] or an output with .logits. Only "
-            "the weights before the first would be scored: wrap it in a module that returns one tensor, such as the "
-            "last map, or prune the model that it was made of."
-        )
+def _embeds(features: Any) -> dict[str, Any]:
+    """What ``get_image_features`` returned, the embeddings by the name that they have in other models.
+
+    transformers before version 5 returned the embeddings alone.
+    """
+    if not isinstance(features, Mapping):
+        return {"image_embeds": features}
+    return {"image_embeds": features.get("pooler_output"), **features}
 
 
-def run_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+def run_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Inputs, output: Output = None) -> Tensor:
     """`run`, with ``tensors`` in place of the parameters and buffers of those names."""
     paths = paths_of_tensors(model)
     return torch.func.functional_call(
-        _Run(model), {f"model.{paths[name]}": tensor for name, tensor in tensors.items()}, (inputs,)
+        _Run(model), {f"model.{paths[name]}": tensor for name, tensor in tensors.items()}, (inputs, output)
     )
 
 
@@ -156,8 +146,8 @@ class _Run(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        return run(self.model, inputs)
+    def forward(self, inputs: Inputs, output: Output) -> Tensor:
+        return run(self.model, inputs, output)
 
 
 def classes_of(inputs: Inputs, logits: Tensor, batch: int) -> Tensor:

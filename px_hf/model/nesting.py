@@ -20,7 +20,10 @@ def where_they_fit(model: nn.Module, shapes: Mapping[str, torch.Size]) -> str | 
             level = path.removesuffix(name)
             if all(parameters.get(level + each) == shape for each, shape in shapes.items()):
                 where = level.rstrip(".")
-                return f"They fit its part {where!r}, a {_class_of(model, where)}: pass module.{where} instead."
+                return (
+                    f"They fit its part {where!r}, a {_class_of(model, where)}: pass module.{where} instead, or take "
+                    f"masks.under({where!r})."
+                )
     for level in _levels_of(name):
         if all(each.startswith(level) and parameters.get(each.removeprefix(level)) == shape
                for each, shape in shapes.items()):  # fmt: skip

@@ -9,6 +9,8 @@ from torch import nn
 
 from ..errors import TargetError, listed
 from .adapters import adapted_layers, added_modules
+from .outputs import is_bare
+from .quantized import require_plain
 from .wrappers import named_parameters, unwrap
 
 PRUNABLE_LAYERS: Final = (
@@ -32,12 +34,15 @@ HEAD_NAMES: Final = (
 def head_modules(model: nn.Module) -> set[nn.Module]:
     """The modules of the classifier head.
 
+    0. None in a model that transformers itself calls one without a head (`px_hf.model.outputs.is_bare`).
     1. What timm's ``get_classifier()`` returns, also inside transformers' ``TimmWrapper``.
     2. In a transformers model: all that lies outside ``base_model``.
     3. Otherwise an attribute of the model itself with one of `HEAD_NAMES`, if there is one.
     4. Otherwise, if all parameters lie in one submodule, as in a LightningModule around a model, the head of that.
     """
     model = unwrap(model)
+    if is_bare(model):
+        return set()
     for owner in (model, getattr(model, "timm_model", None)):
         get_classifier = getattr(owner, "get_classifier", None)
         if callable(get_classifier):
@@ -63,11 +68,14 @@ def _only_part(model: nn.Module) -> nn.Module | None:
 
 
 def patch_embedding(model: nn.Module) -> set[nn.Module]:
-    """The convolution that cuts the image into patches: the model's first, if its windows do not overlap.
+    """The convolution that cuts the image into patches: the model's first, if its windows do not overlap. Of a model
+    of images and texts it is that of its ``vision_model``.
 
     An embedding like that of a word, a percent or two of the weights; pruning it with the rest ruins a
     ViT (ImageNet ViT-Ti, magnitude at 40 % sparsity: 19 % accuracy instead of 61 %).
     """
+    if callable(getattr(model, "get_image_features", None)):
+        model = getattr(model, "vision_model", model)
     first = next((m for m in model.modules() if isinstance(m, PRUNABLE_LAYERS)), None)
     if isinstance(first, (nn.Conv2d, nn.Conv3d)) and tuple(first.kernel_size) == tuple(first.stride):
         return {first} if max(first.stride) > 1 else set()
@@ -141,10 +149,11 @@ def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Paramet
 
     Raises:
         TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded, or
-            computed from other parameters (`torch.nn.utils.prune`, weight norm, parametrizations).
+            quantized, or computed from other parameters (`torch.nn.utils.prune`, weight norm, parametrizations).
     """
     model = unwrap(model)
     require_whole(model)
+    require_plain(model, "Pruning")
     left_out: set[nn.Module] = set() if prune_head else head_modules(model)
     left_out |= patch_embedding(model) | added_modules(model)
     _require_own_weights(model, left_out)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -17,6 +18,7 @@ from transformers import (
 
 import px_hf as px
 
+from ..hub.kinds import kind_of
 from .arguments import FineTuneArguments, ModelArguments
 
 
@@ -34,9 +36,16 @@ def load_processor(model_args: ModelArguments, **changes: Any) -> BaseImageProce
 
 
 def load_model(model_args: ModelArguments, labels: list[str] | None, training: FineTuneArguments) -> PreTrainedModel:
-    """The backbone with a head for `labels` (None: its own); the same weights, also random ones, on every call."""
+    """The backbone with a head for `labels` (None: its own); the same weights, also random ones, on every call.
+
+    Raises:
+        CheckpointError: transformers has no image classifier with this backbone.
+    """
     set_seed(training.seed)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    require_classifier(config, model_args.model_name_or_path)
+    if labels is None and kind_of(config.to_dict()).task in HEADLESS:
+        labels = []  # whose logits are then the features
     if labels is not None:
         name_classes_(config, labels)
         if hasattr(config, "label_names"):
@@ -51,6 +60,28 @@ def load_model(model_args: ModelArguments, labels: list[str] | None, training: F
         **model_args.hub(),
     )
     return model.to(training.device)
+
+
+HEADLESS = ("image-feature-extraction", "zero-shot-image-classification")
+"""Tasks of backbones that were saved without a classifier."""
+
+
+def require_classifier(config: PreTrainedConfig, name: str) -> Any:
+    """The class of transformers that is this backbone with a head; None if the model brings its own code.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if getattr(config, "auto_map", None):
+        return None
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if found is None:
+        raise px.CheckpointError(
+            f"{name} is a {config.model_type}, to which transformers adds no classifier of images, so it cannot be "
+            "fine-tuned or evaluated here. Use the whole model (of CLIP and SigLIP the one of images and texts), or "
+            "prune and evaluate it in Python: docs/BACKBONES.md."
+        )
+    return found[0] if isinstance(found, tuple) else found
 
 
 def name_classes_(config: PreTrainedConfig, labels: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Any saved image classifier, by folder or id: px_hf's, transformers', timm's; and an image as it takes them."""
+"""Any saved image classifier or backbone, by folder or id: px_hf's, transformers', timm's; and an image for it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME
 
 import px_hf as px
 
 from ..compact.files import find
+from ..hub.kinds import class_of
 from ..model.example import default_example
 from .sparse_backbone import CARRIED, has_zeros, holds_masks, says_sparse
 
@@ -39,7 +40,7 @@ def load(name: str, trust_remote_code: bool = False) -> nn.Module:
             source = "local-dir" if Path(name).is_dir() else "hf-hub"
             model: nn.Module = timm.create_model(f"{source}:{name}", pretrained=True)
         else:
-            model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model = class_of(config).from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, px.PxError):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import px_hf as px
 
 from ..compact.files import find, find_compact
+from ..hub.kinds import kind_of
 from ..hub.saving import OF_MASKS
 from ..hub.timm_models import WRAPPER_PREFIX
 from ..masks_file import MASKS_FILE
+from ..model.empty import build_empty
 from .arguments import ModelArguments
+from .backbone import HEADLESS, require_classifier
 
 CARRIED = (
     "its config says that px_hf pruned it, an entry that stock saving carries along, but its weights do not have "
@@ -58,8 +62,24 @@ def read_masks(model_args: ModelArguments, config: PreTrainedConfig) -> px.Masks
     """
     masks = px.Masks.from_pretrained(model_args.model_name_or_path, **download_of(model_args))
     if config.model_type != "timm_wrapper":
-        return masks
+        bare = kind_of(config.to_dict()).task in HEADLESS
+        return _of_classifier(masks, config, model_args.model_name_or_path) if bare else masks
     return px.Masks({f"{WRAPPER_PREFIX}{name.removeprefix(WRAPPER_PREFIX)}": mask for name, mask in masks.items()})
+
+
+def _of_classifier(masks: px.Masks, config: PreTrainedConfig, name: str) -> px.Masks:
+    """The masks of a backbone by the names that its weights have under a classifier; what it lacks has none.
+
+    Raises:
+        CheckpointError: transformers has no classifier with this backbone, or it holds none of the weights.
+    """
+    kind = require_classifier(config, name)
+    weights = dict(build_empty(lambda: kind(copy.deepcopy(config)), name).named_parameters())
+    for level in (f"{kind.base_model_prefix}.", ""):
+        found = {level + key: mask for key, mask in masks.tensors.items() if level + key in weights}
+        if found:
+            return px.Masks(found)
+    raise px.CheckpointError(f"{kind.__name__} has none of the weights that the masks of {name} are about.")
 
 
 def download_of(model_args: ModelArguments) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..distributed import processes
 from ..errors import NonFiniteError, TargetError, listed
 from ..model.inputs import Batches, Inputs, inputs_of, require_finite, run_with
 from ..model.modes import evaluating, full_precision
+from ..model.outputs import Output
 from ..model.wrappers import named_buffers, named_parameters
 from .masking import masked
 from .sums import sum_aligned_
@@ -35,8 +36,15 @@ class MaskedNetwork:
         left_out: names of prunable weights that the output does not depend on.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        output: Output = None,
+    ) -> None:
         self.model = model
+        self.output = output
         self.masks = masks
         self.left_out: dict[str, None] = {}
         double = any(p.dtype == torch.float64 for p in self.model.parameters())
@@ -69,9 +77,9 @@ class MaskedNetwork:
         return {name: weight.clone().requires_grad_(True) for name, weight in self.weights.items()}
 
     def logits(self, inputs: Inputs, weights: Mapping[str, Tensor]) -> Tensor:
-        """f(x; weights), [N, K]; ``weights`` may also name buffers."""
+        """f(x; weights), [N, K], the logits or what ``output`` says; ``weights`` may also name buffers."""
         given = inputs.with_images(inputs.images.to(self.dtype))
-        return run_with(self.model, {**self._fixed, **weights}, given)
+        return run_with(self.model, {**self._fixed, **weights}, given, self.output)
 
     def gradients(self, output: Tensor, leaves: Tensors, create_graph: bool = False) -> Tensors:
         """∂output/∂leaf; a leaf that the output does not depend on is left out."""

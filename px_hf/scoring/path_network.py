@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, TargetError, listed
 from ..model.inputs import Inputs, run, run_with
 from ..model.modes import full_precision
+from ..model.outputs import Output
 from ..model.wrappers import named_parameters
 from ..ops import ForgottenError, Paths, Reading, Tracer, Weight
 from .masking import masked
@@ -22,9 +23,15 @@ class PathNetwork:
     """A masked model and the readings of its weights."""
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], order: int = 2
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        order: int = 2,
+        output: Output = None,
     ) -> None:
         self.model = model
+        self.output = output
         self.order = order
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in model.parameters()) else torch.float32
         self.masks = {p: masks[name].to(p.device) for name, p in named_parameters(model).items() if name in masks}
@@ -59,7 +66,7 @@ class PathNetwork:
         try:
             with torch.no_grad(), Tracer(self.model, reading, weights, self.dtype, self._forget) as tracer:
                 tracer.start(images, start)
-                logits = run(self.model, inputs.with_images(images))
+                logits = run(self.model, inputs.with_images(images), self.output)
         except ForgottenError:
             self._forget = False
             return self.path_sums(inputs, start, reading, weights)
@@ -132,7 +139,7 @@ class PathNetwork:
         """Those of the targets that the network's own output depends on."""
         leaves = {name: self.targets[name].detach().clone().requires_grad_(True) for name in names}
         with torch.enable_grad():
-            logits = run_with(self.model, leaves, inputs)
+            logits = run_with(self.model, leaves, inputs, self.output)
             if not logits.requires_grad:
                 return []
             found = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.inputs import Inputs, run
+from ..model.inputs import Inputs, call
 from ..model.modes import evaluating
+from ..model.outputs import has_no_classifier, tensor_of
 from ..model.wrappers import named_parameters, unwrap
+from ..ops.nested import tensors_of
 from .id_rules import ID_RULES, STARTS_IDS
 from .unit_ids import Role, UnitTracer
 
@@ -69,8 +71,10 @@ def trace_units(model: nn.Module, inputs: Inputs, targets: Collection[str]) -> l
     """
     model = unwrap(model)
     with evaluating(model), UnitTracer(model, ID_RULES, STARTS_IDS) as tracer:
-        logits = run(model, inputs)
-    tracer.pin(tracer.ids_of(logits))
+        returned = call(model, inputs)
+        used = [tensor_of(returned, model)]
+    used += tensors_of(returned) if has_no_classifier(model) else []  # whoever uses a backbone may use any of it
+    tracer.pin(*map(tracer.ids_of, used))
     pinned, attending = tracer.pinned, tracer.attending
     matrices = {name for name, p in named_parameters(model).items() if p.dim() > 1}
 

@@ -24,6 +24,7 @@ from ..gradual import GradualPruner, require_own
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.inputs import Batches
+from ..model.outputs import Output
 from ..model.wrappers import unwrap
 from ..plan import ROUNDS, UNTIL, Plan
 from ..scopes import Scope
@@ -63,7 +64,7 @@ class GradualPruning(TrainerCallback):
         sparsity: fraction of the prunable weights that is pruned in the end, in [0, 1).
         rounds: T, between 1 and the number of training steps.
         until: the share of the training steps after which the last round is made, in (0, 1].
-        scope, prune_head, min_layer_density: as for `px.prune`.
+        scope, prune_head, min_layer_density, output: as for `px.prune`.
 
     Raises:
         InvalidArgumentError: a setting outside its range; when training begins, more rounds than steps.
@@ -82,8 +83,9 @@ class GradualPruning(TrainerCallback):
         scope: str | Scope | None = None,
         prune_head: bool = False,
         min_layer_density: float = 0.0,
+        output: Output = None,
     ) -> None:
-        self._plan = Plan(criterion, sparsity, rounds, until, scope, prune_head, min_layer_density)
+        self._plan = Plan(criterion, sparsity, rounds, until, scope, prune_head, min_layer_density, output)
         require_own(batches)
         self._batches = batches
         self._pruner: GradualPruner | None = None
