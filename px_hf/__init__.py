@@ -68,6 +68,8 @@ if TYPE_CHECKING:
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
     from .trainer.keep_masks import KeepMasks
+    from .trainer.tune_only import TuneOnly
+    from .tune import tune_only
 
 _register()
 
@@ -76,6 +78,7 @@ _LAZY = {
     "DistillationTrainer": "trainer.distillation_trainer",
     "GradualPruning": "trainer.gradual_pruning",
     "KeepMasks": "trainer.keep_masks",
+    "TuneOnly": "trainer.tune_only",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
     "export_onnx": "export",
@@ -87,6 +90,7 @@ _LAZY = {
     "push_to_hub": "hub.push",
     "save_pretrained": "hub.saving",
     "shrink": "structured.shrink",
+    "tune_only": "tune",
 }
 """Names that are loaded when first used: most need transformers, which takes seconds to import."""
 
@@ -127,6 +131,7 @@ __all__ = [
     "SynFlow",
     "SynFlowL2",
     "TargetError",
+    "TuneOnly",
     "UnsupportedOpError",
     "Wanda",
     "__version__",
@@ -145,4 +150,5 @@ __all__ = [
     "save_pretrained",
     "select",
     "shrink",
+    "tune_only",
 ]
