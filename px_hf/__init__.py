@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from .kernels import accelerate_24_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
     from .structured.shrink import shrink
+    from .tickets.fisher import Fisher
+    from .tickets.ks import KS
+    from .tickets.select_trainable import select_trainable
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
     from .trainer.keep_masks import KeepMasks
@@ -76,7 +79,9 @@ _register()
 _LAZY = {
     "Distillation": "distillation",
     "DistillationTrainer": "trainer.distillation_trainer",
+    "Fisher": "tickets.fisher",
     "GradualPruning": "trainer.gradual_pruning",
+    "KS": "tickets.ks",
     "KeepMasks": "trainer.keep_masks",
     "TuneOnly": "trainer.tune_only",
     "accelerate_24_": "kernels",
@@ -89,6 +94,7 @@ _LAZY = {
     "merge_lora_": "lora",
     "push_to_hub": "hub.push",
     "save_pretrained": "hub.saving",
+    "select_trainable": "tickets.select_trainable",
     "shrink": "structured.shrink",
     "tune_only": "tune",
 }
@@ -103,6 +109,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CRITERIA",
+    "KS",
     "LAMP",
     "NTKSAP",
     "PX",
@@ -113,6 +120,7 @@ __all__ = [
     "DependencyError",
     "Distillation",
     "DistillationTrainer",
+    "Fisher",
     "GemMiner",
     "GraSP",
     "GradualPruning",
@@ -149,6 +157,7 @@ __all__ = [
     "report",
     "save_pretrained",
     "select",
+    "select_trainable",
     "shrink",
     "tune_only",
 ]

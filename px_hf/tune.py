@@ -81,7 +81,7 @@ class Tuner(MaskedSteps):
     ) -> None:
         require_merged(model, "px.tune_only")
         self._frozen = frozen_parameters(model, masks, also)
-        super().__init__(optimizer, model, masks)
+        super().__init__(optimizer, model, _some(masks))
         self._rest: dict[Tensor, Tensor] = {}
         self._alone = processes().world_size == 1
         self._trained = [parameter for parameter in self._frozen.values() if parameter.requires_grad]
@@ -126,8 +126,15 @@ def frozen_parameters(model: nn.Module, masks: Masks, also: Collection[str] = ("
         raise InvalidArgumentError(
             f"also={also!r}: expected a collection of {', '.join(map(repr, GROUPS))}, such as also=('head',)."
         )
-    tuned = {*masks.match(model).values(), *_members(unwrap(model), also)}
+    masks.match(model)
+    tuned = {*_some(masks).match(model).values(), *_members(unwrap(model), also)}
     return {name: parameter for name, parameter in named_parameters(model).items() if parameter not in tuned}
+
+
+def _some(masks: Masks) -> Masks:
+    """Without those that keep nothing, as long as there are others."""
+    some = {name: mask for name, mask in masks.tensors.items() if bool(mask.any())}
+    return Masks(some) if some else masks
 
 
 def _members(model: nn.Module, groups: Collection[str]) -> set[nn.Parameter]:
@@ -147,7 +154,7 @@ def frozen_fingerprint(model: nn.Module, masks: Masks, also: Collection[str] = (
     """SHA-256, in hexadecimal, of all weights that `tune_only` does not move: equal before and after training."""
     frozen = frozen_parameters(model, masks, also)
     values = {name: parameter.detach() for name, parameter in frozen.items()}
-    for name, parameter in masks.match(model).items():
+    for name, parameter in _some(masks).match(model).items():
         values[name] = parameter.detach().cpu()[~masks.tensors[name]]
     digest = hashlib.sha256()
     for name, value in sorted(values.items()):

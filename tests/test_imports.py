@@ -22,7 +22,7 @@ FLOORS = [
     ["criteria", "structured", "evaluation", "downstream"],
     ["scopes"],
     ["select"],
-    ["prune"],
+    ["prune", "tickets"],
     ["plan"],
     ["gradual"],
     ["hub"],
