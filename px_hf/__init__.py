@@ -25,6 +25,7 @@ from .criteria import (
     Criterion,
     GemMiner,
     GraSP,
+    InstantSoup,
     Magnitude,
     NTKTrace,
     Random,
@@ -53,6 +54,7 @@ from .prune import prune
 from .report import Report, report
 from .select import select
 from .version import __version__
+from .vote import vote
 
 if TYPE_CHECKING:
     from .distillation import Distillation
@@ -60,11 +62,13 @@ if TYPE_CHECKING:
     from .gradual import gradual_pruning
     from .hub.loading import from_pretrained
     from .hub.push import push_to_hub
+    from .hub.push_difference import push_difference
     from .hub.saving import save_pretrained
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
     from .structured.shrink import shrink
+    from .tickets.difference import apply_difference_, save_difference
     from .tickets.fisher import Fisher
     from .tickets.ks import KS
     from .tickets.select_trainable import select_trainable
@@ -86,13 +90,16 @@ _LAZY = {
     "TuneOnly": "trainer.tune_only",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
+    "apply_difference_": "tickets.difference",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
     "keep_masks": "keep",
     "mask_lora": "lora",
     "merge_lora_": "lora",
+    "push_difference": "hub.push_difference",
     "push_to_hub": "hub.push",
+    "save_difference": "tickets.difference",
     "save_pretrained": "hub.saving",
     "select_trainable": "tickets.select_trainable",
     "shrink": "structured.shrink",
@@ -125,6 +132,7 @@ __all__ = [
     "GraSP",
     "GradualPruning",
     "HubError",
+    "InstantSoup",
     "InvalidArgumentError",
     "KeepMasks",
     "LaunchError",
@@ -146,6 +154,7 @@ __all__ = [
     "accelerate_24_",
     "accelerate_csr_",
     "add_rule",
+    "apply_difference_",
     "export_onnx",
     "from_pretrained",
     "gradual_pruning",
@@ -153,11 +162,14 @@ __all__ = [
     "mask_lora",
     "merge_lora_",
     "prune",
+    "push_difference",
     "push_to_hub",
     "report",
+    "save_difference",
     "save_pretrained",
     "select",
     "select_trainable",
     "shrink",
     "tune_only",
+    "vote",
 ]

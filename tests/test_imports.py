@@ -18,7 +18,7 @@ FLOORS = [
     ["compact", "masks_file"],
     ["masks"],
     ["masked_steps"],
-    ["scoring", "report", "controls", "data", "keep", "tune", "lora", "distillation", "export", "kernels"],
+    ["scoring", "report", "controls", "data", "keep", "tune", "vote", "lora", "distillation", "export", "kernels"],
     ["criteria", "structured", "evaluation", "downstream"],
     ["scopes"],
     ["select"],
