@@ -9,7 +9,7 @@ counts in how many masks a weight is, over cooks c and densities s, and tells eq
 
 Chosen here: a cook takes ``steps`` steps of SGD with momentum 0.9, each on a random half of the calibration set, with
 a learning rate that is drawn around the given one; a step of 1 is as large as the weights of the layer are, since
-pretrained networks differ in the sizes of weights and gradients. The paper draws data, training length and sparsity and
+pretrained networks differ in sizes. The paper draws data, training length and sparsity; it
 averages weights too, for which a criterion has no place: the weights stay the pretrained ones.
 """
 
