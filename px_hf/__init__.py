@@ -71,6 +71,8 @@ if TYPE_CHECKING:
     from .tickets.difference import apply_difference_, save_difference
     from .tickets.fisher import Fisher
     from .tickets.ks import KS
+    from .tickets.patch_tickets import PatchTickets
+    from .tickets.read_patches import read_patches
     from .tickets.select_trainable import select_trainable
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -87,6 +89,7 @@ _LAZY = {
     "GradualPruning": "trainer.gradual_pruning",
     "KS": "tickets.ks",
     "KeepMasks": "trainer.keep_masks",
+    "PatchTickets": "tickets.patch_tickets",
     "TuneOnly": "trainer.tune_only",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
@@ -99,6 +102,7 @@ _LAZY = {
     "merge_lora_": "lora",
     "push_difference": "hub.push_difference",
     "push_to_hub": "hub.push",
+    "read_patches": "tickets.read_patches",
     "save_difference": "tickets.difference",
     "save_pretrained": "hub.saving",
     "select_trainable": "tickets.select_trainable",
@@ -141,6 +145,7 @@ __all__ = [
     "NTKTrace",
     "NonFiniteError",
     "OutputExistsError",
+    "PatchTickets",
     "PxError",
     "Random",
     "Report",
@@ -164,6 +169,7 @@ __all__ = [
     "prune",
     "push_difference",
     "push_to_hub",
+    "read_patches",
     "report",
     "save_difference",
     "save_pretrained",
