@@ -56,7 +56,7 @@ def _of_transformers(model: Any, tokens: Tokens, layers: Sequence[int]) -> Itera
 def _of_timm(model: nn.Module, tokens: Tokens, layers: Sequence[int]) -> Iterator[Weights]:
     blocks: Any = getattr(tokens.timm, "blocks", ())
     _check_layers(layers, len(blocks), model)
-    attentions = [getattr(blocks[layer - 1], "attn", None) for layer in layers]
+    attentions: list[Any] = [getattr(blocks[layer - 1], "attn", None) for layer in layers]
     if any(not hasattr(each, "fused_attn") or not hasattr(each, "attn_drop") for each in attentions):
         raise TargetError(f"the blocks of {type(tokens.timm).__name__} have no attention whose weights can be read.")
     caught: list[Tensor] = []
