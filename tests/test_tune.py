@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +216,40 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(checkpoint, save_original_format=False)
     with pytest.raises(px.CheckpointError, match="not those that training began with"):
         trainer(vit(), tmp_path, masks, 4).train(resume_from_checkpoint=str(checkpoint))
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+TWO = """
+import copy, sys, torch, torch.distributed as dist, px_hf as px
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+before = copy.deepcopy(model.state_dict())
+ddp = torch.nn.parallel.DistributedDataParallel(model)
+masks = px.Masks({"0.weight": torch.arange(32).view(8, 4) % 3 == 0})
+optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.1, weight_decay=0.1)
+with px.tune_only(optimizer, ddp, masks, also=()):
+    for step in range(3):
+        ddp(torch.randn(2, 4) + dist.get_rank()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+for name, value in model.state_dict().items():
+    free = masks[name] if name in masks else torch.zeros(value.shape, dtype=torch.bool)
+    assert torch.equal(value[~free], before[name][~free]), name
+    assert not free.any() or not torch.equal(value[free], before[name][free])
+shared = model[0].weight.detach().clone()
+dist.broadcast(shared, 0)
+assert torch.equal(shared, model[0].weight)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(px.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

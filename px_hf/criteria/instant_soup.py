@@ -82,7 +82,7 @@ class InstantSoup(Criterion):
     def _cook(self, network: MaskedNetwork, given: Given, draw: random.Random) -> Tensors:
         """The weights after a short training."""
         rate = self.learning_rate * 2 ** draw.uniform(-1, 1)
-        weights, momentum = dict(network.weights), {}
+        weights, momentum = dict(network.weights), dict[str, Tensor]()
         for _ in range(self.steps):
             salt, variables = draw.random(), {name: w.clone().requires_grad_(True) for name, w in weights.items()}
 
