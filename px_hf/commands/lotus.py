@@ -129,7 +129,7 @@ def find(task: PreparedTask, tickets: px.PatchTickets, seed: int) -> dict[str, d
     k = tickets.count(scores["train"].shape[1])
     return {
         "tickets": {name: each.argsort(dim=1, descending=True, stable=True)[:, :k] for name, each in scores.items()},
-        "random": {name: tickets.random(*each.shape, seed=seed) for name, each in scores.items()},
+        "random": {name: tickets.random(len(each), each.shape[1], seed) for name, each in scores.items()},
     }
 
 

@@ -91,7 +91,7 @@ def save_difference(
         unfinished.mkdir()
         write_compact({name: tuned[name] for name in masks}, parts, unfinished)
         os.replace(unfinished / WEIGHTS_FILE, unfinished / DIFFERENCE_FILE)
-        saved = getattr(unwrap(model), "config", None)
+        saved: Any = getattr(unwrap(model), "config", None)
         if hasattr(saved, "save_pretrained"):
             saved.save_pretrained(unfinished)
         if image_processor is not None:
