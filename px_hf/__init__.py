@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         Criterion,
         GemMiner,
         GraSP,
+        InstantSoup,
         Magnitude,
         NTKTrace,
         Random,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .hub.inspection import Inspection, inspect
     from .hub.loading import from_pretrained
     from .hub.push import push_to_hub
+    from .hub.push_difference import push_difference
     from .hub.saving import save_pretrained
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_blocks_, accelerate_csr_
@@ -70,9 +72,18 @@ if TYPE_CHECKING:
     from .report import Report, report
     from .select import select
     from .structured.shrink import shrink
+    from .tickets.difference import apply_difference_, save_difference
+    from .tickets.fisher import Fisher
+    from .tickets.ks import KS
+    from .tickets.patch_tickets import PatchTickets
+    from .tickets.read_patches import read_patches
+    from .tickets.select_trainable import select_trainable
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
     from .trainer.keep_masks import KeepMasks
+    from .trainer.tune_only import TuneOnly
+    from .tune import tune_only
+    from .vote import vote
 
 _register()
 
@@ -81,10 +92,13 @@ _LAZY = {
     "Criterion": "criteria",
     "Distillation": "distillation",
     "DistillationTrainer": "trainer.distillation_trainer",
+    "Fisher": "tickets.fisher",
     "GemMiner": "criteria",
     "GraSP": "criteria",
     "GradualPruning": "trainer.gradual_pruning",
     "Inspection": "hub.inspection",
+    "InstantSoup": "criteria",
+    "KS": "tickets.ks",
     "KeepMasks": "trainer.keep_masks",
     "LAMP": "criteria",
     "Magnitude": "criteria",
@@ -92,17 +106,20 @@ _LAZY = {
     "NTKSAP": "criteria",
     "NTKTrace": "criteria",
     "PX": "criteria",
+    "PatchTickets": "tickets.patch_tickets",
     "Random": "criteria",
     "RepairReport": "repair.outcome",
     "Report": "report",
     "SNIP": "criteria",
     "SynFlow": "criteria",
     "SynFlowL2": "criteria",
+    "TuneOnly": "trainer.tune_only",
     "Wanda": "criteria",
     "accelerate_24_": "kernels",
     "accelerate_blocks_": "kernels",
     "accelerate_csr_": "kernels",
     "add_rule": "ops",
+    "apply_difference_": "tickets.difference",
     "check_copies": "compact.agreement",
     "export_onnx": "export",
     "from_pretrained": "hub.loading",
@@ -112,12 +129,18 @@ _LAZY = {
     "mask_lora": "lora",
     "merge_lora_": "lora",
     "prune": "prune",
+    "push_difference": "hub.push_difference",
     "push_to_hub": "hub.push",
+    "read_patches": "tickets.read_patches",
     "reconstruct_": "repair.reconstruct",
     "report": "report",
+    "save_difference": "tickets.difference",
     "save_pretrained": "hub.saving",
     "select": "select",
+    "select_trainable": "tickets.select_trainable",
     "shrink": "structured.shrink",
+    "tune_only": "tune",
+    "vote": "vote",
 }
 """Names that are loaded when first used: torch takes seconds to import, and transformers some more."""
 
@@ -131,6 +154,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CRITERIA",
+    "KS",
     "LAMP",
     "NTKSAP",
     "PX",
@@ -141,11 +165,13 @@ __all__ = [
     "DependencyError",
     "Distillation",
     "DistillationTrainer",
+    "Fisher",
     "GemMiner",
     "GraSP",
     "GradualPruning",
     "HubError",
     "Inspection",
+    "InstantSoup",
     "InvalidArgumentError",
     "KeepMasks",
     "LaunchError",
@@ -154,6 +180,7 @@ __all__ = [
     "NTKTrace",
     "NonFiniteError",
     "OutputExistsError",
+    "PatchTickets",
     "PxError",
     "Random",
     "RepairReport",
@@ -161,6 +188,7 @@ __all__ = [
     "SynFlow",
     "SynFlowL2",
     "TargetError",
+    "TuneOnly",
     "UnsupportedOpError",
     "Wanda",
     "__version__",
@@ -168,6 +196,7 @@ __all__ = [
     "accelerate_blocks_",
     "accelerate_csr_",
     "add_rule",
+    "apply_difference_",
     "check_copies",
     "export_onnx",
     "from_pretrained",
@@ -177,10 +206,16 @@ __all__ = [
     "mask_lora",
     "merge_lora_",
     "prune",
+    "push_difference",
     "push_to_hub",
+    "read_patches",
     "reconstruct_",
     "report",
+    "save_difference",
     "save_pretrained",
     "select",
+    "select_trainable",
     "shrink",
+    "tune_only",
+    "vote",
 ]

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `shuffle` | how many weights each layer keeps | which | is it only the layers' densities? |
 | `permute_units` | and how many the units of a layer keep, as a set | which units, which weights | or the shape? |
+| `shuffle_rows` | how many rows of each length are tuned, and so how many weights | which | does it matter which? |
 | `reinitialize_` | the mask | the values of the pretrained weights | or the mask, without the weights? |
 
 (Frankle, Dziugaite, Roy, Carbin, ICLR 2021, arXiv 2009.08576; Su et al., NeurIPS 2020, arXiv 2009.11094.)
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidArgumentError
 from .masks import Masks
+from .model.rows import rows
 
 
 def shuffle(masks: Masks, seed: int = 0) -> Masks:
@@ -39,6 +41,27 @@ def permute_units(masks: Masks, seed: int = 0) -> Masks:
             mask = mask.index_select(axis, torch.randperm(mask.shape[axis], generator=generator))
         permuted[name] = mask
     return Masks(permuted)
+
+
+def shuffle_rows(masks: Masks, seed: int = 0, within: Masks | None = None) -> Masks:
+    """As many rows of each length, drawn anew from all rows of that length that the masks speak about.
+
+    For a ticket of whole rows (`px.select_trainable`). ``within``: masks of a pruned model, whose zeros stay out.
+    """
+    flags: dict[int, list[Tensor]] = {}
+    for mask in masks.tensors.values():
+        matrix = rows(mask)
+        flags.setdefault(matrix.shape[1], []).append(matrix.any(1))
+    drawn = {
+        d: iter(_shuffled(torch.cat(found), _generator(seed, f"rows of {d}")).split([len(f) for f in found]))
+        for d, found in flags.items()
+    }
+    shuffled = {}
+    for name, mask in masks.tensors.items():
+        matrix = rows(mask)
+        chosen = next(drawn[matrix.shape[1]])[:, None].expand(matrix.shape).reshape(mask.shape)
+        shuffled[name] = chosen & within.tensors[name] if within is not None and name in within else chosen
+    return Masks(shuffled)
 
 
 @torch.no_grad()

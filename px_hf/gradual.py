@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from .criteria import Criterion
 from .distributed import processes, same_everywhere
 from .errors import CheckpointError, DataError, LaunchError
-from .keep import MaskKeeper, unwrapped_optimizer
+from .keep import MaskKeeper
+from .masked_steps import unwrapped_optimizer
 from .masks import Masks
 from .model.inputs import Batches, inputs_of
 from .model.outputs import Output
@@ -131,7 +132,7 @@ class GradualPruner:
         state: Mapping[str, Any] | None = None,
         count_steps: bool = True,
     ) -> None:
-        self._model, self._optimizer = model, unwrapped_optimizer(optimizer)
+        self._model, self._optimizer = model, unwrapped_optimizer(optimizer, "gradual_pruning")
         self._steps = 0
         self._at = plan.steps(total_steps)
         require_own(batches)

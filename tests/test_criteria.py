@@ -37,6 +37,7 @@ CRITERIA = [
     px.Random(densities="erk"),
     px.GemMiner(epochs=1),
     px.GemMiner(epochs=1, start="magnitude"),
+    px.InstantSoup(cooks=2, steps=2),
 ]
 """Beside those of test_px.py: a new criterion joins by a row in one of them."""
 
@@ -214,7 +215,7 @@ def test_ntk_trace_probes_are_unbiased() -> None:
 def test_ntk_trace_does_not_depend_on_how_gradients_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (_, batches) = net(), data()
     expected = px.NTKTrace().score(model, batches)
-    monkeypatch.setattr("px_hf.criteria.ntk_trace._GRADIENTS_AT_A_TIME", 1)
+    monkeypatch.setattr("px_hf.scoring.squared_gradients._GRADIENTS_AT_A_TIME", 1)
     monkeypatch.setattr("px_hf.scoring.masked_network._NUMBERS_AT_A_TIME", 1)
     for name, score in px.NTKTrace().score(model, batches).items():
         torch.testing.assert_close(score, expected[name])
@@ -513,6 +514,9 @@ BAD = [
     (lambda: px.NTKTrace(probes=1.5), r"probes=1\.5"),
     (lambda: px.Random(densities="uniform"), "'uniform'.*'erk'"),
     (lambda: px.GemMiner(epochs=0), "epochs=0"),
+    (lambda: px.InstantSoup(cooks=0), "cooks=0"),
+    (lambda: px.InstantSoup(steps=True), "steps=True"),
+    (lambda: px.InstantSoup(learning_rate=1.0), "learning_rate=1.0"),
     (lambda: px.GemMiner(learning_rate=0), "learning_rate=0"),
     (lambda: px.GemMiner(regularization=-1), "regularization=-1"),
     (lambda: px.GemMiner(start="ones"), "'ones'.*'uniform'"),

@@ -30,8 +30,13 @@ def zero_shot(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Pixels, bf16: bool = False, batch_size: int = 250) -> float:
-    """The share of `data` that the model classifies as labelled, under bfloat16 autocast if asked for."""
+def accuracy(
+    model: nn.Module, data: Pixels, bf16: bool = False, batch_size: int = 250, patches: Tensor | None = None
+) -> float:
+    """The share of `data` that the model classifies as labelled, under bfloat16 autocast if asked for.
+
+    `patches`: those to read of each image, [N, k], for a model with `px.read_patches`.
+    """
     model.eval()
     device = next(model.parameters()).device
     right = 0
@@ -39,7 +44,8 @@ def accuracy(model: nn.Module, data: Pixels, bf16: bool = False, batch_size: int
         images, labels = data.batch(slice(start, start + batch_size), device)
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(pixel_values=images).logits
+            more = {} if patches is None else {"patches": patches[start : start + batch_size]}
+            logits = model(pixel_values=images, **more).logits
         right += int((logits.argmax(1) == labels).sum())
     return right / len(data)
 

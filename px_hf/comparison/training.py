@@ -21,9 +21,12 @@ Zeros = Callable[[torch.optim.Optimizer, int], AbstractContextManager[Any]]
 """What keeps or makes zeros during training, given the optimizer and the number of steps."""
 
 
-def fine_tune(model: nn.Module, zeros: Zeros, data: Pixels, budget: Budget, seed: int) -> Any:
+def fine_tune(
+    model: nn.Module, zeros: Zeros, data: Pixels, budget: Budget, seed: int, patches: Tensor | None = None
+) -> Any:
     """A plain loop: the order of the data, the shifts and flips depend on `seed` alone, not on the method.
 
+    `patches`: those to read of each image, [N, k], for a model with `px.read_patches`.
     Returns what kept or made the zeros.
     """
     set_seed(seed)
@@ -49,10 +52,12 @@ def fine_tune(model: nn.Module, zeros: Zeros, data: Pixels, budget: Budget, seed
             if step % per_epoch == 0:
                 order = rng.permutation(len(data))
             place = step % per_epoch * size
-            images, labels = data.batch(np.sort(order[place : place + size]), device)
+            rows = np.sort(order[place : place + size])
+            images, labels = data.batch(rows, device)
+            more = {} if patches is None else {"patches": patches[rows]}
             images = vary(images, rng, budget)
             with torch.autocast(device.type, torch.bfloat16, enabled=budget.bf16):
-                logits = model(pixel_values=images).logits
+                logits = model(pixel_values=images, **more).logits
             loss = F.cross_entropy(logits.float(), labels)
             if not bool(torch.isfinite(loss)):
                 raise px.NonFiniteError(f"the loss of step {step} is not finite: lower --learning_rate.")

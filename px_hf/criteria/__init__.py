@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Criterion
 from .gem_miner import GemMiner
 from .grasp import GraSP
+from .instant_soup import InstantSoup
 from .lamp import LAMP
 from .magnitude import Magnitude
 from .ntk_trace import NTKTrace
@@ -32,6 +33,7 @@ CRITERIA: dict[str, Criterion] = {
     "ntk-trace-sampled": NTKTrace(probes=1),
     "wanda": Wanda(),
     "gem-miner": GemMiner(),
+    "instant-soup": InstantSoup(),
 }
 """Names for files and the command line."""
 
@@ -44,6 +46,7 @@ __all__ = [
     "Criterion",
     "GemMiner",
     "GraSP",
+    "InstantSoup",
     "Magnitude",
     "NTKTrace",
     "Random",

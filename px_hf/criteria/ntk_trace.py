@@ -23,16 +23,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from ..errors import InvalidArgumentError
 from ..model.inputs import Inputs
 from ..scoring.given import Given
-from ..scoring.masked_network import Tensors, finite_logits
+from ..scoring.squared_gradients import squared_gradients
 from .base import Criterion
-
-_GRADIENTS_AT_A_TIME = 2**26
-"""Numbers in the per-example gradients that are held at once (256 MB in float32), or those of one example."""
 
 
 @dataclass(frozen=True)
@@ -60,42 +56,14 @@ class NTKTrace(Criterion):
 
     def formula(self, given: Given) -> dict[str, Tensor]:
         network = given.network()
-        size = max(1, _GRADIENTS_AT_A_TIME // sum(w.numel() for w in network.weights.values()))
-
-        def squares(inputs: Inputs, batch: int, part: int) -> Tensors:
-            leaves = network.leaves()
-            logits = finite_logits(network, inputs, leaves, batch)
-            used = network.gradients(logits.sum(), leaves).keys()
-            weights = {name: network.weights[name] for name in used}
-            rest = {name: w for name, w in network.weights.items() if name not in used}
-
-            def output(weights: Tensors, image: Tensor, others: Tensors, direction: Tensor) -> Tensor:
-                one = Inputs(image[None], {name: other[None] for name, other in others.items()})
-                return network.logits(one, {**rest, **weights}).flatten() @ direction
-
-            images, others = inputs.images, dict(inputs.others)
-            directions = self._directions(logits, f"{self.seed}:{batch}:{part}")
-            rows = torch.arange(len(images)).repeat_interleave(directions.shape[1]).to(images.device)
-            directions = directions.flatten(0, 1)
-            total = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
-            for some, v in zip(rows.split(size), directions.split(size), strict=True):
-                found = vmap(grad(output), in_dims=(None, 0, 0, 0))(
-                    weights, images[some], {name: other[some] for name, other in others.items()}, v
-                )
-                for name, gradient in found.items():
-                    total[name] += gradient.square().sum(0)
-            # One float32 number for each batch, as any other term: sums of these are exact.
-            return {name: t.to(network.dtype) for name, t in total.items()}
-
-        with network.scoring():
-            total = network.total(given.batches, squares)
+        total = squared_gradients(network, given.batches, self._directions)
         return network.scores({name: network.weights[name].double().square() * t for name, t in total.items()})
 
-    def _directions(self, logits: Tensor, key: str) -> Tensor:
+    def _directions(self, logits: Tensor, inputs: Inputs, batch: int, part: int) -> Tensor:
         """Vectors v of shape [N, K or P, K], K the number of outputs of an image."""
         n, k = logits.flatten(1).shape
         if self.probes is None:
             return torch.eye(k).to(logits).expand(n, k, k)
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{batch}:{part}".encode()))
         signs = torch.randint(0, 2, (n, self.probes, k), generator=generator) * 2 - 1
         return signs.to(logits) / self.probes**0.5

@@ -25,12 +25,16 @@ from ..errors import CheckpointError, InvalidArgumentError, TargetError
 from ..masks import Masks
 from ..model.empty import build_empty
 from ..model.widths import restore_
+from ..tickets.difference import load_with_difference, read_about
 from . import timm_models
 from .kinds import class_of
 
 
 def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """Load a model that `save_pretrained` wrote: the compact copy if there is one, else the dense one.
+
+    Or one that `save_difference` wrote: its base model is loaded by transformers, and becomes the tuned one bit for
+    bit.
 
     It comes back as what it was, a transformers model with or without a head, or a timm model if it was saved as one.
     (In TimmWrapper: `AutoModelForImageClassification.from_pretrained` of the same folder.) The weights are bit for
@@ -54,6 +58,9 @@ def from_pretrained(folder_or_repo_id: str | os.PathLike[str], **kwargs: Any) ->
     others = {name: value for name, value in kwargs.items() if name not in _DOWNLOAD}
     found = find_compact(folder_or_repo_id, **download)
     if found is None:
+        about = read_about(folder_or_repo_id, **download)
+        if about is not None:
+            return load_with_difference(folder_or_repo_id, about, **kwargs)
         return _through_transformers(folder_or_repo_id, kwargs)
     download |= {"subfolder": found.subfolder} | ({"revision": found.commit} if found.commit else {})
     file = CompactFile(found.files)

@@ -150,8 +150,8 @@ def push_to_hub(
             return Upload(repo_id, revision or "main", _sizes(folder))
         repo_id = claim_repo(repo_id, private=private, token=token, create_pr=create_pr)
         _write_card(folder, repo_id, about, **card)  # with the owner's name
-        with _explained(repo_id, revision):
-            api = _api(token)
+        with explained(repo_id, revision):
+            api = api_of(token)
             if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
                 raise HubError(f"Revision {revision} is a commit, and one pushes to branches. Name a branch.")
             if revision is not None and not revision.startswith("refs/pr/") and not create_pr:
@@ -187,10 +187,10 @@ def claim_repo(
 ) -> str:
     """Make the repository if there is none, and its whole name. HubError if the token may not write to it."""
     _check_repo_id(repo_id)
-    with _explained(repo_id):
+    with explained(repo_id):
         if token is False or (token in (None, True) and get_token() is None):
             raise LocalTokenNotFoundError
-        api = _api(token)
+        api = api_of(token)
         user = api.whoami()["name"] if "/" not in repo_id else ""
         name = f"{user}/{repo_id}" if user else repo_id
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -215,7 +215,7 @@ def _base_model(model: nn.Module, repo_id: str) -> dict[str, str]:
         return {}
 
 
-def _api(token: str | bool | None) -> HfApi:
+def api_of(token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="px_hf", library_version=__version__)
 
 
@@ -272,7 +272,7 @@ _BY_STATUS = {
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
+def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Errors of huggingface_hub as HubError, with what to do."""
     try:
         yield

@@ -29,7 +29,7 @@ def save_in_checkpoint(args: TrainingArguments, state: TrainerState, model: nn.M
     folder = checkpoint_folder(args, state)
     if not args.should_save or not folder.is_dir():  # a hyperparameter search writes elsewhere
         return None
-    _save_by_module_names(model, folder)
+    save_by_module_names(model, folder)
     masks.save(folder / MASKS_FILE)
     return folder
 
@@ -48,7 +48,7 @@ def save_for_push(args: TrainingArguments, model: nn.Module, masks: Masks) -> No
     model.add_model_tags(list(TAGS))
 
 
-def _save_by_module_names(model: nn.Module, folder: Path) -> None:
+def save_by_module_names(model: nn.Module, folder: Path) -> None:
     """Write the weights of a checkpoint anew if Trainer would not find them.
 
     transformers saves some models (ViT among them) under the parameter names of older versions, and Trainer
