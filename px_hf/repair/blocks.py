@@ -12,6 +12,7 @@ out, the start included, is kept.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Adam:
         start = {name: sparse.parameter(name).detach().clone() for name in names}
         kept = {name: masks[name].to(start[name].device) for name in names if name in masks}
         for part in walk.parts:
-            target = walk.networks["dense"].run(lambda part=part: walk.forward("dense", part))
+            target = walk.networks["dense"].run(functools.partial(walk.forward, "dense", part))
             walk.states.put(f"target-{part.key}", tensors_in(target)[:1])
         fitted = [part for part in walk.parts if not part.held_out]
         apart = [part for part in walk.parts if part.held_out]

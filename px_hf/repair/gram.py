@@ -21,14 +21,14 @@ class Sums:
     def __init__(self, weight: Tensor, groups: int, with_bias: bool) -> None:
         outputs = weight.shape[0] // groups
         inputs = weight[0].numel() + with_bias
-        kind = {"dtype": torch.float64, "device": weight.device}
         self.with_bias = with_bias
         self.double = weight.dtype == torch.float64
-        self.gram = torch.zeros(groups, inputs, inputs, **kind)
-        self.cross = torch.zeros(groups, outputs, inputs, **kind)
-        self.missing = torch.zeros((), **kind)
-        self.target = torch.zeros((), **kind)
-        self.rows = torch.zeros((), **kind)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=weight.device)
+
+        self.gram, self.cross = zeros(groups, inputs, inputs), zeros(groups, outputs, inputs)
+        self.missing, self.target, self.rows = zeros(), zeros(), zeros()
 
     def add(self, call: LayerCall, dense_output: Tensor) -> None:
         """Add the rows of one call in the sparse network, and of the same call in the dense one."""

@@ -24,6 +24,7 @@ from ..errors import NonFiniteError
 from ..scoring.sums import sum_aligned_
 from .calls import LayerCall
 from .gram import Sums
+from .images import Part
 from .outcome import LayerRepair
 from .probe import Layer
 from .solver import solve
@@ -104,7 +105,7 @@ def _empty(walk: Walk, layer: Layer) -> Sums:
     return Sums(sparse.tensors[layer.name], layer.groups, layer.bias in sparse.tensors)
 
 
-def _add(walk: Walk, part: object, layers: tuple[Layer, ...], sums: Mapping[str, Sums]) -> None:
+def _add(walk: Walk, part: Part, layers: tuple[Layer, ...], sums: Mapping[str, Sums]) -> None:
     counts = {layer.name: len(layer.times) for layer in layers}
     outputs: dict[str, deque[Tensor]] = {name: deque() for name in counts}
     dense, sparse = walk.networks["dense"], walk.networks["sparse"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class Walk:
         """Go to the end of the step: what its module hands on, in both networks."""
         for which, network in self.networks.items():
             for part in self.parts:
-                output = network.run(lambda which=which, part=part: self.forward(which, part))
+                output = network.run(functools.partial(self.forward, which, part))
                 self.states.put(f"{which}-{part.key}", tensors_in(output))
 
     def _tensors_at(self, network: Network, visit: Visit, part: Part) -> list[Tensor]:
