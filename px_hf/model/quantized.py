@@ -38,8 +38,8 @@ def require_plain(model: nn.Module, what: str) -> None:
         raise TargetError(
             f"{what} needs plain weights, and {len(found)} of {type(model).__name__} are quantized: "
             f"{listed(found, 3)}. Prune, train and save the plain model first, and quantize it last: "
-            "model = px.from_pretrained(folder), then quantize_(model, ...). Zeros stay zero, and masks.revived(model) "
-            "checks them (docs/SAVING.md)."
+            "model = px.from_pretrained(folder), then quantize_(model, ...). Zeros stay zero, and "
+            "masks.revived(model) checks them (docs/SAVING.md)."
         )
 
 
