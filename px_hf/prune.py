@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,12 +156,13 @@ class Rounds:
         """Score the network as it is now, with the masks so far, and prune it to ``1 - (1 - sparsity)^(t/T)``."""
         t = self.done + 1
         final = t == self.count
+        named: dict[str, Any] = {} if self.output is None else {"output": self.output}  # a score() of a user's own
         scores = self.criterion.score(
             self.model,
             self.batches,
             masks=None if self.masks is None else self.masks.tensors,
             prune_head=self.prune_head,
-            output=self.output,
+            **named,
         )
         self.masks = self.scope.choose(
             {name: score for name, score in scores.items() if name in self.targets},
