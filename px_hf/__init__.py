@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
+    from .repair.batchnorm import recalibrate_batchnorm_
+    from .repair.correction import correct_
+    from .repair.folding import fold_removed_
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -78,13 +81,16 @@ _LAZY = {
     "KeepMasks": "trainer.keep_masks",
     "accelerate_24_": "kernels",
     "accelerate_csr_": "kernels",
+    "correct_": "repair.correction",
     "export_onnx": "export",
+    "fold_removed_": "repair.folding",
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
     "keep_masks": "keep",
     "mask_lora": "lora",
     "merge_lora_": "lora",
     "push_to_hub": "hub.push",
+    "recalibrate_batchnorm_": "repair.batchnorm",
     "save_pretrained": "hub.saving",
     "shrink": "structured.shrink",
 }
@@ -133,7 +139,9 @@ __all__ = [
     "accelerate_24_",
     "accelerate_csr_",
     "add_rule",
+    "correct_",
     "export_onnx",
+    "fold_removed_",
     "from_pretrained",
     "gradual_pruning",
     "keep_masks",
@@ -141,6 +149,7 @@ __all__ = [
     "merge_lora_",
     "prune",
     "push_to_hub",
+    "recalibrate_batchnorm_",
     "report",
     "save_pretrained",
     "select",

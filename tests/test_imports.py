@@ -18,7 +18,7 @@ FLOORS = [
     ["compact", "masks_file"],
     ["masks"],
     ["scoring", "report", "controls", "data", "keep", "lora", "distillation", "export", "kernels"],
-    ["criteria", "structured", "evaluation", "downstream"],
+    ["criteria", "structured", "repair", "evaluation", "downstream"],
     ["scopes"],
     ["select"],
     ["prune"],

@@ -21,7 +21,6 @@ from .budget import Budget
 from .measures import accuracy, forward_units, zero_shot
 from .method import DENSE, Method
 from .prepared_task import PreparedTask, load
-from .recalibrate import recalibrate_
 from .training import Zeros, fine_tune
 
 
@@ -75,7 +74,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             masks = prune_(model, batches, method, cell.sparsity, cell.seed)
             seconds["prune"] = round(time.perf_counter() - start, 2)
             if budget.recalibrate_batchnorm:
-                recalibrate_(model, batches)
+                px.recalibrate_batchnorm_(model, batches)
         if method is not None:
             result["forward_units"] = forward_units(model, batches, method)
         if method is None or not method.gradual:

@@ -1,0 +1,1 @@
+"""Repairing what pruning broke, without training."""
