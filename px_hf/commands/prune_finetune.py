@@ -14,6 +14,7 @@ import px_hf as px
 from ..data import DataSource
 from ..distributed import processes
 from ..plots import plot_layer_sparsity
+from ..repair.by_name import NONE
 from ..runs.arguments import EXAMPLE, DataArguments, FineTuneArguments, ModelArguments, one_thread
 from ..runs.classification_job import ClassificationJob
 from ..runs.folder import write_json
@@ -43,9 +44,10 @@ def prune_and_fine_tune(job: Job) -> None:
     job.check_student(pruning.model)
     if args.compare_dense:
         run.train_dense(job)
-    with run.phase("Fine-tune"):
-        trainer = job.student(pruning.model, pruning.callbacks, run.teacher)
-        pruning.fine_tune(trainer, run.checkpoint)
+    trainer = job.student(pruning.model, pruning.callbacks, run.teacher)
+    if training.trains:
+        with run.phase("Fine-tune"):
+            pruning.fine_tune(trainer, run.checkpoint)
     model, masks = pruning.model, pruning.masks
     if is_main:
         with run.phase("Save"):
@@ -86,6 +88,10 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
         pushes=True,
     )
     _check_schedule(prune)
+    _check_repair(prune)
+    if not training.trains and (prune.gradual or prune.distill is not None):
+        what = f"--schedule {prune.schedule}" if prune.gradual else f"--distill {prune.distill}"
+        raise px.InvalidArgumentError(f"{what} is a way to train, and --num_train_epochs 0 trains nothing.")
     if prune.keep_masks and prune.control != "none":
         raise px.InvalidArgumentError("--control changes masks, and --keep_masks keeps them. Leave one out.")
     if prune.dense and prune.distill_dense:
@@ -126,3 +132,16 @@ def _check_schedule(prune: PruneArguments) -> None:
             raise px.InvalidArgumentError(
                 f"{argument} {what}, and --schedule {prune.schedule} prunes while it trains. Leave one out."
             )
+
+
+def _check_repair(prune: PruneArguments) -> None:
+    """A repair needs the dense weights, and something that was pruned.
+
+    Raises:
+        InvalidArgumentError: there are none of them.
+    """
+    if prune.repair != NONE and (prune.dense or prune.keep_masks):
+        argument, what = (
+            ("--dense", "prunes nothing") if prune.dense else ("--keep_masks", "has only the sparse weights")
+        )
+        raise px.InvalidArgumentError(f"{argument} {what}, so --repair {prune.repair} can do nothing. Leave one out.")

@@ -17,6 +17,7 @@ import px_hf as px
 
 from ..controls import apply_control_
 from ..gradual import GradualPruner
+from ..repair.by_name import REPAIRS
 from .budget import Budget
 from .measures import accuracy, forward_units, zero_shot
 from .method import DENSE, Method
@@ -113,5 +114,7 @@ def prune_(model: nn.Module, batches: list[dict[str, Tensor]], method: Method, s
         min_layer_density=method.min_layer_density, progress=False,
     )  # fmt: skip
     masks = apply_control_(method.control, model, masks, seed)
+    if repair := REPAIRS.get(method.repair):
+        repair(model, masks, batches)
     masks.apply_(model)
     return masks

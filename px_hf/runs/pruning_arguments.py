@@ -14,6 +14,7 @@ from ..distillation import Distillation
 from ..model.inputs import Batches
 from ..plan import ROUNDS as GRADUAL_ROUNDS
 from ..plan import SCHEDULES, UNTIL, check_until
+from ..repair.by_name import NONE, REPAIRS
 from ..scopes import as_scope, check_sparsity
 
 ONE_SHOT = SCHEDULES[0]
@@ -140,6 +141,15 @@ class SparsityArguments(ScoringArguments):
         default=UNTIL,
         metadata={"help": "With --schedule gradual: the share of the training steps after which the last round is."},
     )
+    repair: str = field(
+        default=NONE,
+        metadata={
+            "help": "Change what stays so that it makes up for what is pruned, without training, on the images that "
+            "weights are scored on: statistics folds removed units into the others, corrects means, and measures "
+            "BatchNorm anew.",
+            "choices": [NONE, *REPAIRS],
+        },
+    )
     sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
     compare_dense: bool = field(
         default=False,
@@ -168,6 +178,11 @@ class SparsityArguments(ScoringArguments):
         check_until(self.until)
         if self.until != UNTIL and not self.gradual:
             raise px.InvalidArgumentError("--until says when --schedule gradual ends. Pass that too, or leave it out.")
+        if self.repair != NONE and self.gradual:
+            raise px.InvalidArgumentError(
+                f"--repair {self.repair} is for a network that is pruned before training, and --schedule "
+                f"{self.schedule} repairs by training. Leave one out."
+            )
         self.criterion_object()
 
     def gradual_pruning(self, batches: Batches) -> px.GradualPruning:
@@ -183,14 +198,19 @@ class SparsityArguments(ScoringArguments):
     def describe(self) -> dict[str, Any]:
         """The settings that the masks depend on, as JSON can say them."""
         schedule = {"schedule": self.schedule, "until": self.until} if self.gradual else {}
-        return schedule | {
-            "criterion": repr(self.criterion_object()),
-            "sparsity_asked": self.sparsity,
-            "rounds": self.rounds,
-            "scope": self.scope or px.CRITERIA[self.criterion_name].scope,
-            "min_layer_density": self.min_layer_density,
-            "prune_head": self.prune_head,
-        }
+        repair = {"repair": self.repair} if self.repair != NONE else {}
+        return (
+            schedule
+            | repair
+            | {
+                "criterion": repr(self.criterion_object()),
+                "sparsity_asked": self.sparsity,
+                "rounds": self.rounds,
+                "scope": self.scope or px.CRITERIA[self.criterion_name].scope,
+                "min_layer_density": self.min_layer_density,
+                "prune_head": self.prune_head,
+            }
+        )
 
 
 @dataclass
@@ -268,6 +288,7 @@ class PruneArguments(SparsityArguments):
         name = f"{self.criterion_name}{100 * self.sparsity:g}"
         name += f"-{self.scope}".replace(":", "-") if self.takes_out_units else ""
         name += f"-{self.schedule}" if self.gradual else ""
+        name += f"-{self.repair}" if self.repair != NONE else ""
         return name if self.control == "none" else f"{name}-{self.control}"
 
     def describe(self) -> dict[str, Any]:
