@@ -50,6 +50,7 @@ from .lazy import loaded_when_used as _loaded_when_used
 from .masks import Masks
 from .ops import add_rule
 from .prune import prune
+from .repair.outcome import RepairReport
 from .report import Report, report
 from .select import select
 from .version import __version__
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .repair.batchnorm import recalibrate_batchnorm_
     from .repair.correction import correct_
     from .repair.folding import fold_removed_
+    from .repair.reconstruct import reconstruct_
     from .structured.shrink import shrink
     from .trainer.distillation_trainer import DistillationTrainer
     from .trainer.gradual_pruning import GradualPruning
@@ -91,6 +93,7 @@ _LAZY = {
     "merge_lora_": "lora",
     "push_to_hub": "hub.push",
     "recalibrate_batchnorm_": "repair.batchnorm",
+    "reconstruct_": "repair.reconstruct",
     "save_pretrained": "hub.saving",
     "shrink": "structured.shrink",
 }
@@ -129,6 +132,7 @@ __all__ = [
     "OutputExistsError",
     "PxError",
     "Random",
+    "RepairReport",
     "Report",
     "SynFlow",
     "SynFlowL2",
@@ -150,6 +154,7 @@ __all__ = [
     "prune",
     "push_to_hub",
     "recalibrate_batchnorm_",
+    "reconstruct_",
     "report",
     "save_pretrained",
     "select",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 
@@ -11,14 +10,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .criteria import Criterion
-from .distributed import processes, same_everywhere
-from .errors import DataError, InvalidArgumentError, LaunchError, TargetError, listed
+from .distributed import processes
+from .errors import InvalidArgumentError, TargetError, listed
 from .masks import Masks
 from .model.adapters import adapters_off, warn_of_trained_adapters
-from .model.inputs import Batches, inputs_of
+from .model.inputs import Batches
 from .model.targets import prunable
 from .model.wrappers import unwrap
 from .scopes import Scope, as_scope, check_min_layer_density, check_sparsity
+from .scoring.agreement import require_agreement
 
 
 def prune(
@@ -138,7 +138,7 @@ class Rounds:
         self.done = 0
         self.masks: Masks | None = None
         if processes().world_size > 1:
-            _require_agreement(self.model, batches if criterion.needs_data else None)
+            require_agreement(self.model, batches if criterion.needs_data else None)
         self.criterion = criterion.begin()
 
     def step(self) -> Masks:
@@ -182,30 +182,6 @@ def check_settings(
     found.check_criterion(criterion)
     check_min_layer_density(min_layer_density, sparsity)
     return found
-
-
-def _require_agreement(model: nn.Module, batches: Batches | None) -> None:
-    """Every process must hold the same weights and see the same batches: a fresh head drawn without a
-    common seed, or a DataLoader that shuffles or is already split, would give other masks on each."""
-    weights = hashlib.sha256()
-    for name, p in model.named_parameters():
-        weights.update(f"{name}{tuple(p.shape)}{float(p.detach().double().sum())!r}".encode())
-    if not same_everywhere(weights.digest(), model):
-        raise LaunchError(
-            "the processes hold models with different weights. Seed every process alike before a head is drawn at "
-            "random (accelerate.utils.set_seed), or load the same checkpoint everywhere."
-        )
-    if batches is None:
-        return
-    data = hashlib.sha256()
-    for inputs in inputs_of(batches, model):
-        images = inputs.images
-        data.update(f"{tuple(images.shape)}{float(images.double().sum())!r}{float(images.flatten()[0])!r}".encode())
-    if not same_everywhere(data.digest(), model):
-        raise DataError(
-            "the processes were given different batches. Give all of them to every process, in the same order: "
-            "a DataLoader without shuffle that has not gone through accelerator.prepare. prune shares them out."
-        )
 
 
 def _require_finite(targets: Mapping[str, Tensor]) -> None:

@@ -64,6 +64,16 @@ def test_a_model_is_pruned_repaired_and_saved_without_training(backbone: Path, s
         assert all(torch.equal(weights[name][mask], original[name][mask]) for name, mask in kept.items())
 
 
+@pytest.mark.parametrize("repair", ["layers", "blocks"])
+def test_layers_and_blocks_are_fitted(backbone: Path, repair: str) -> None:
+    results, told, weights = prune(backbone, repair, "--repair", repair, "--compare_dense", "false")
+    assert told["repair"] == results["repair"] == repair
+    original = load_file(backbone / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.0.layer.1.convolution.weight"))
+    kept = weights[name] != 0
+    assert not torch.equal(weights[name][kept], original[name][kept])
+
+
 REFUSED = [
     (["--repair", "statistics", "--schedule", "gradual", "--num_train_epochs", "1"], "before training"),
     (["--repair", "statistics", "--dense"], "prunes nothing"),

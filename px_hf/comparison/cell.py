@@ -115,6 +115,6 @@ def prune_(model: nn.Module, batches: list[dict[str, Tensor]], method: Method, s
     )  # fmt: skip
     masks = apply_control_(method.control, model, masks, seed)
     if repair := REPAIRS.get(method.repair):
-        repair(model, masks, batches)
+        repair(model, masks, batches, False)
     masks.apply_(model)
     return masks

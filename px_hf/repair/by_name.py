@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from torch import nn
@@ -12,11 +13,12 @@ from ..model.inputs import Batches
 from .batchnorm import recalibrate_batchnorm_
 from .correction import correct_
 from .folding import fold_removed_
+from .reconstruct import reconstruct_
 
 NONE: Final = "none"
 
 
-def statistics_(model: nn.Module, masks: Masks, batches: Batches) -> None:
+def statistics_(model: nn.Module, masks: Masks, batches: Batches, progress: bool = False) -> None:
     """Removed units folded, or else means corrected; then BatchNorm measured anew.
 
     Units that are whole have told the others what they can: correcting the means too made that worse (ViT-Ti, 20 % of
@@ -29,6 +31,11 @@ def statistics_(model: nn.Module, masks: Masks, batches: Batches) -> None:
     recalibrate_batchnorm_(model, batches)
 
 
+def _reconstruct_(method: str, model: nn.Module, masks: Masks, batches: Batches, progress: bool = False) -> None:
+    """Least squares layer by layer, or whole blocks."""
+    reconstruct_(model, masks, batches, method=method, progress=progress)
+
+
 def removes_units(masks: Masks) -> bool:
     """Whether all that is pruned are whole rows and whole columns."""
     for mask in masks.tensors.values():
@@ -39,5 +46,9 @@ def removes_units(masks: Masks) -> bool:
     return masks.kept < masks.total
 
 
-REPAIRS: Final[dict[str, Callable[[nn.Module, Masks, Batches], None]]] = {"statistics": statistics_}
-"""Each takes the dense model, applies the masks, and changes what stays."""
+REPAIRS: Final[dict[str, Callable[[nn.Module, Masks, Batches, bool], None]]] = {
+    "statistics": statistics_,
+    "layers": partial(_reconstruct_, "layers"),
+    "blocks": partial(_reconstruct_, "blocks"),
+}
+"""Each takes the dense model, applies the masks, and changes what stays; whether to show a progress bar comes last."""

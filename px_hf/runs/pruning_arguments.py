@@ -145,8 +145,8 @@ class SparsityArguments(ScoringArguments):
         default=NONE,
         metadata={
             "help": "Change what stays so that it makes up for what is pruned, without training, on the images that "
-            "weights are scored on: statistics folds removed units into the others, corrects means, and measures "
-            "BatchNorm anew.",
+            "weights are scored on: statistics folds removed units into the others or corrects means, and measures "
+            "BatchNorm anew; layers and blocks fit layers or whole blocks to the dense network.",
             "choices": [NONE, *REPAIRS],
         },
     )

@@ -48,7 +48,7 @@ class BeforeTraining(Pruning):
             self.found = run.masks(source, units)
             run.say(f"{self.found.kept:,} of {self.found.total:,} weights kept")
             if run.checkpoint is None and (repair := REPAIRS.get(job.prune_args.repair)):
-                repair(network, self.found, source.batches)
+                repair(network, self.found, source.batches, not job.training.disable_tqdm)
                 run.say(f"repaired without training: {job.prune_args.repair}")
             self.model, self.masks = network, self.found
             if units:
