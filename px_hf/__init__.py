@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     from .masks import Masks
     from .ops import add_rule
     from .prune import prune
+    from .repair.batchnorm import recalibrate_batchnorm_
+    from .repair.correction import correct_
+    from .repair.folding import fold_removed_
     from .repair.outcome import RepairReport
     from .repair.reconstruct import reconstruct_
     from .report import Report, report
@@ -121,7 +124,9 @@ _LAZY = {
     "add_rule": "ops",
     "apply_difference_": "tickets.difference",
     "check_copies": "compact.agreement",
+    "correct_": "repair.correction",
     "export_onnx": "export",
+    "fold_removed_": "repair.folding",
     "from_pretrained": "hub.loading",
     "gradual_pruning": "gradual",
     "inspect": "hub.inspection",
@@ -132,6 +137,7 @@ _LAZY = {
     "push_difference": "hub.push_difference",
     "push_to_hub": "hub.push",
     "read_patches": "tickets.read_patches",
+    "recalibrate_batchnorm_": "repair.batchnorm",
     "reconstruct_": "repair.reconstruct",
     "report": "report",
     "save_difference": "tickets.difference",
@@ -198,7 +204,9 @@ __all__ = [
     "add_rule",
     "apply_difference_",
     "check_copies",
+    "correct_",
     "export_onnx",
+    "fold_removed_",
     "from_pretrained",
     "gradual_pruning",
     "inspect",
@@ -209,6 +217,7 @@ __all__ = [
     "push_difference",
     "push_to_hub",
     "read_patches",
+    "recalibrate_batchnorm_",
     "reconstruct_",
     "report",
     "save_difference",

@@ -255,6 +255,12 @@ def test_a_network_that_was_pruned_while_it_learnt(about: Report) -> None:
     assert ["learnt from", "alice/big"] in page.rows
 
 
+def test_a_network_that_was_repaired(about: Report) -> None:
+    page = Page(card(about, {**PX, "repair": "statistics", "calibration": {"examples": 1000}}))
+    assert "with px_hf, and those that stay repaired on 1,000 images (statistics):" in page.text
+    assert ["repair without training", "statistics"] in page.rows
+
+
 def test_names_cannot_break_the_page(about: Report) -> None:
     evil = {"dataset": "a | b\n\n# c <script>alert(1)</script>", "base_model": "x | <img src=y>\n| z", "scope": "|"}
     evil |= {"criterion": "` <b> | ![a](http://b)", "masks_from": "![a](http://b) [c](http://d) *e* \\"}

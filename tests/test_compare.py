@@ -23,7 +23,6 @@ from px_hf.comparison import cell as comparison_cell
 from px_hf.comparison import measures, results, tables
 from px_hf.comparison.method import Method
 from px_hf.comparison.prepared_task import load
-from px_hf.comparison.recalibrate import recalibrate_
 from px_hf.comparison.training import vary
 
 RECIPE = str(RECIPES / "compare_criteria.py")
@@ -233,21 +232,6 @@ def test_calibration_is_class_balanced_and_drawn_by_seed(whole: list[dict[str, A
     one, other = (task.calibration(3, seed, 8) for seed in (0, 1))
     assert torch.bincount(torch.cat([b["labels"] for b in one])).tolist() == [3] * 10
     assert not torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
-
-
-def test_recalibrated_statistics_are_those_of_the_pruned_network() -> None:
-    model = build("hf resnet")
-    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    px.prune(model, [], px.Magnitude(), sparsity=0.8, progress=False).apply_(model)
-    recalibrate_(model, [{"pixel_values": x[:4]}, {"pixel_values": x[4:]}])
-    assert not any(module.training for module in model.modules())
-    first = model.resnet.embedder.embedder
-    with torch.no_grad():
-        inside = first.convolution(x)
-    torch.testing.assert_close(first.normalization.running_mean, inside.mean((0, 2, 3)))
-    variance = torch.stack([half.transpose(0, 1).flatten(1).var(1) for half in inside.split(4)]).mean(0)
-    torch.testing.assert_close(first.normalization.running_var, variance)
-    assert first.normalization.momentum == 0.1
 
 
 (BUDGET,) = compare_criteria.CompareArguments(random_shift=True, horizontal_flip=True).budgets()

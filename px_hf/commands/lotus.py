@@ -38,9 +38,7 @@ from .compare_criteria import quiet
 USAGE = Usage(
     "python recipes/lotus.py",
     "Patch tickets and pruned weights together: accuracy and time of a ViT that reads fewer patches and weights.",
-    (
-        "python recipes/lotus.py --dataset_name greek --keep 0.5 --criteria none px-active --sparsity 0.7 --seeds 0 1",
-    ),
+    ("python recipes/lotus.py --dataset_name greek --keep 0.5 --criteria none px-active --sparsity 0.7 --seeds 0 1",),
     (
         *("model_name_or_path", "dataset_name", "keep", "layers", "criteria", "sparsity", "seeds"),
         *("num_train_epochs", "learning_rate", "equal_time", "output_dir"),

@@ -5,15 +5,19 @@ recipes/prune_finetune.py says how it is run.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import px_hf as px
 
 from ..data import DataSource
 from ..distributed import processes
+from ..plan import SCHEDULES
 from ..plots import plot_layer_sparsity
+from ..repair.by_name import NONE
 from ..runs.arguments import EXAMPLE, DataArguments, FineTuneArguments, ModelArguments, one_thread
 from ..runs.classification_job import ClassificationJob
 from ..runs.folder import write_json
@@ -55,15 +59,17 @@ def prune_and_fine_tune(job: Job) -> None:
     run = PruningRun.claim(training)
     with run.phase("Load"):
         network = job.load(run.say)
-        args.fit_rounds(job.steps(network))
+        if args.gradual:
+            args.fit_rounds(job.steps(network))
         source = job.mask_source(network, run.say)
     pruning = (WhileTraining if args.gradual else BeforeTraining)(run, job, network, source)
     job.check_student(pruning.model)
     if args.compare_dense:
         run.train_dense(job)
-    with run.phase("Fine-tune"):
-        trainer = job.student(pruning.model, pruning.callbacks, run.teacher)
-        pruning.fine_tune(trainer, run.checkpoint)
+    trainer = job.student(pruning.model, pruning.callbacks, run.teacher)
+    if training.trains:
+        with run.phase("Fine-tune"):
+            pruning.fine_tune(trainer, run.checkpoint)
     model, masks = pruning.model, pruning.masks
     if is_main:
         with run.phase("Save"):
@@ -96,14 +102,14 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
         argv,
         (ModelArguments, DataArguments, PruneArguments, FineTuneArguments),
         USAGE,
-        lambda named: (
-            {}
-            if any(getattr(named, f.name) for f in fields(DataSource))
-            else {**EXAMPLE, "compare_dense": not named.keep_masks}
-        ),
+        _defaults,
         pushes=True,
     )
     _check_schedule(prune)
+    _check_repair(prune)
+    if not training.trains and (prune.gradual or prune.distill is not None):
+        what = f"--schedule {prune.schedule}" if prune.gradual else f"--distill {prune.distill}"
+        raise px.InvalidArgumentError(f"{what} is a way to train, and --num_train_epochs 0 trains nothing.")
     if prune.keep_masks and prune.control != "none":
         raise px.InvalidArgumentError("--control changes masks, and --keep_masks keeps them. Leave one out.")
     if prune.dense and prune.distill_dense:
@@ -126,6 +132,14 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
     return model, data, prune, training
 
 
+def _defaults(named: argparse.Namespace) -> dict[str, Any]:
+    """Those that depend on what was named: the embedded digits, or no training at all."""
+    untrained = {"schedule": SCHEDULES[0]} if named.num_train_epochs == 0 else {}
+    if any(getattr(named, f.name) for f in fields(DataSource)):
+        return untrained
+    return {**EXAMPLE, "compare_dense": not named.keep_masks, **untrained}
+
+
 def _check_schedule(prune: PruneArguments) -> None:
     """A network that is pruned while it is fine-tuned has no masks before.
 
@@ -144,3 +158,16 @@ def _check_schedule(prune: PruneArguments) -> None:
             raise px.InvalidArgumentError(
                 f"{argument} {what}, and --schedule {prune.schedule} prunes while it trains. Leave one out."
             )
+
+
+def _check_repair(prune: PruneArguments) -> None:
+    """A repair needs the dense weights, and something that was pruned.
+
+    Raises:
+        InvalidArgumentError: there are none of them.
+    """
+    if prune.repair != NONE and (prune.dense or prune.keep_masks):
+        argument, what = (
+            ("--dense", "prunes nothing") if prune.dense else ("--keep_masks", "has only the sparse weights")
+        )
+        raise px.InvalidArgumentError(f"{argument} {what}, so --repair {prune.repair} can do nothing. Leave one out.")

@@ -17,11 +17,11 @@ import px_hf as px
 
 from ..controls import apply_control_
 from ..gradual import GradualPruner
+from ..repair.by_name import REPAIRS
 from .budget import Budget
 from .measures import accuracy, forward_units, zero_shot
 from .method import DENSE, Method
 from .prepared_task import PreparedTask, load
-from .recalibrate import recalibrate_
 from .training import Zeros, fine_tune
 
 
@@ -75,7 +75,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             masks = prune_(model, batches, method, cell.sparsity, cell.seed)
             seconds["prune"] = round(time.perf_counter() - start, 2)
             if budget.recalibrate_batchnorm:
-                recalibrate_(model, batches)
+                px.recalibrate_batchnorm_(model, batches)
         if method is not None:
             result["forward_units"] = forward_units(model, batches, method)
         if method is None or not method.gradual:
@@ -114,5 +114,7 @@ def prune_(model: nn.Module, batches: list[dict[str, Tensor]], method: Method, s
         min_layer_density=method.min_layer_density, progress=False,
     )  # fmt: skip
     masks = apply_control_(method.control, model, masks, seed)
+    if repair := REPAIRS.get(method.repair):
+        repair(model, masks, batches, False)
     masks.apply_(model)
     return masks

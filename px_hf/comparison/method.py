@@ -12,6 +12,7 @@ import px_hf as px
 
 from ..controls import CONTROLS
 from ..plan import ROUNDS, SCHEDULES, UNTIL, check_until
+from ..repair.by_name import NONE, REPAIRS
 from ..scopes import as_scope
 
 DENSE = "dense"
@@ -37,6 +38,7 @@ class Method:
     control: str = "none"
     schedule: str = SCHEDULES[0]
     until: float = UNTIL
+    repair: str = NONE
 
     @classmethod
     def parse(cls, text: str, rounds: int, criteria: Mapping[str, px.Criterion] = px.CRITERIA) -> Method:
@@ -81,6 +83,13 @@ class Method:
             raise px.InvalidArgumentError(
                 f"Method {self.text!r}: a control changes masks before training, which schedule={self.schedule} makes "
                 "during it. Leave one out."
+            )
+        if self.repair not in (NONE, *REPAIRS):
+            raise px.InvalidArgumentError(f"Method {self.text!r}: expected a repair of {', '.join((NONE, *REPAIRS))}.")
+        if self.gradual and self.repair != NONE:
+            raise px.InvalidArgumentError(
+                f"Method {self.text!r}: repair={self.repair} is for a network that is pruned before training. Leave "
+                f"out one of it and schedule={self.schedule}."
             )
         check_until(self.until)
 

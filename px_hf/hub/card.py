@@ -180,7 +180,8 @@ def _summary(config: Mapping[str, Any], px: Mapping[str, Any]) -> str:
         by += f" and then, as a control, changed ({_text(_control(px))})"
     return (
         f"{', '.join(facts)}. **{100 * px['sparsity']:.4g} %** of its prunable weights were pruned{by} with px_hf"
-        f"{_while_training(px)}: {px['weights_kept']:,} of {px['weights']:,} are left, the rest are exact zeros."
+        f"{_while_training(px)}{_repaired(px)}: {px['weights_kept']:,} of {px['weights']:,} are left, the rest are "
+        "exact zeros."
     )
 
 
@@ -193,6 +194,15 @@ def _while_training(px: Mapping[str, Any]) -> str:
     when += f" over the first {100 * until:.4g} % of its training" if until else ""
     early = ", the last of which its training did not reach" if px.get("ended_early") else ""
     return f", while it was fine-tuned,{when}{early}"
+
+
+def _repaired(px: Mapping[str, Any]) -> str:
+    """How the weights that stay were changed without training."""
+    if not px.get("repair"):
+        return ""
+    images = (px.get("calibration") or {}).get("examples")
+    on = f" on {images:,} images" if isinstance(images, int) else ""
+    return f", and those that stay repaired{on} ({_text(px['repair'])})"
 
 
 def _control(px: Mapping[str, Any]) -> str | None:
@@ -222,6 +232,7 @@ def _settings(px: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("schedule", px.get("schedule")),
         ("last round after this share of training", px.get("until")),
         ("training ended before the last round", {True: "yes"}.get(px.get("ended_early"))),  # type: ignore[arg-type]
+        ("repair without training", px.get("repair")),
         ("scope", px.get("scope")),
         ("least density of a layer", px.get("min_layer_density") or None),
         ("classifier head", {True: "pruned", False: "dense"}.get(px.get("prune_head"))),  # type: ignore[arg-type]

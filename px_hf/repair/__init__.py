@@ -1,1 +1,1 @@
-"""Repair without training: what pruning broke is made good on the weights that stay, with unlabelled images."""
+"""Repairing what pruning broke, without training."""

@@ -197,7 +197,10 @@ class FineTuneArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the model or the checkpoints that output_dir already holds."}
     )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of fine-tuning."})
+    num_train_epochs: float = field(
+        default=3.0,
+        metadata={"help": "Epochs of fine-tuning; 0 trains nothing: for a model whose head knows the classes."},
+    )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size of each process."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size of evaluation."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW."})
@@ -220,6 +223,11 @@ class FineTuneArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # torch would warn at every epoch
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is any fine-tuning."""
+        return self.max_steps > 0 or self.num_train_epochs > 0
 
     def name_output(self, **names: str) -> None:
         """Put `names` where `output_dir` has them in braces."""

@@ -18,6 +18,7 @@ from transformers import (
 
 import px_hf as px
 
+from ..errors import listed
 from ..hub.kinds import kind_of
 from .arguments import FineTuneArguments, ModelArguments
 
@@ -82,6 +83,27 @@ def require_classifier(config: PreTrainedConfig, name: str) -> Any:
             "prune and evaluate it in Python: docs/BACKBONES.md."
         )
     return found[0] if isinstance(found, tuple) else found
+
+
+def require_trained_head(model_args: ModelArguments, labels: list[str]) -> None:
+    """For a model that is not fine-tuned: it must tell apart these classes, in this order.
+
+    Where its config has no names, only ``LABEL_3`` and the like, their number is all that is compared.
+
+    Raises:
+        CheckpointError: its config names others.
+    """
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
+    own = [str(config.id2label[k]) for k in range(int(config.num_labels or 0))]
+    unnamed = all(name == f"LABEL_{k}" for k, name in enumerate(own))
+    if own == labels or (unnamed and len(own) == len(labels)):
+        return
+    how = "the same classes in another order" if sorted(own) == sorted(labels) else f"{len(own)} classes"
+    raise px.CheckpointError(
+        f"--num_train_epochs 0 keeps the head of {model_args.short_name()}, which was trained for {how} "
+        f"({listed(own, 4)}); the data have {len(labels)} ({listed(labels, 4)}). Fine-tune it, or name a model of "
+        "these classes in this order."
+    )
 
 
 def name_classes_(config: PreTrainedConfig, labels: list[str]) -> None:

@@ -30,7 +30,7 @@ from ..plots import plot_training
 from ..scopes import as_scope
 from ..trainer.distillation_trainer import require_same_classes
 from .arguments import DataArguments, FineTuneArguments
-from .backbone import load_model, load_processor
+from .backbone import load_model, load_processor, require_trained_head
 from .classifier_trainer import make_trainer
 from .console import ClosingTable
 from .job import Job, MaskSource, Say, Scores
@@ -73,6 +73,8 @@ class ClassificationJob(Job):
         return self.splits["validation"][0]["pixel_values"][None]
 
     def load(self, say: Say) -> PreTrainedModel:
+        if not self.training.trains:
+            require_trained_head(self.model_args, self.task.labels)
         counts = [f"{len(split):,} {name} images" for name, split in self.splits.items()]
         model = self.network()
         if self.teacher is not None:
@@ -193,6 +195,8 @@ class ClassificationJob(Job):
         return {**pruned, **{f"dense_{name}": value for name, value in (dense or {}).items()}}
 
     def draw(self, out: Path, trainer: Trainer, found: px.Masks, results: Mapping[str, Any]) -> None:
+        if not self.training.trains:
+            return
         plot_training(
             trainer.state.log_history,
             out / "training_curve.png",

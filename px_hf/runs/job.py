@@ -125,7 +125,8 @@ class Job(ABC):
         unsaved, network = copy.copy(self.training), self.network()
         unsaved.save_strategy = SaveStrategy.NO
         trainer = self.trainer(network, unsaved, [])
-        trainer.train()
+        if self.training.trains:
+            trainer.train()
         return network, self.evaluate(trainer, "dense")
 
     def steps(self, model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from ..distillation import Distillation
 from ..model.inputs import Batches
 from ..plan import ROUNDS as GRADUAL_ROUNDS
 from ..plan import SCHEDULES, UNTIL, check_until, most_rounds
+from ..repair.by_name import NONE, REPAIRS
 from ..scopes import as_scope, check_sparsity
 
 ONE_SHOT, GRADUAL = SCHEDULES
@@ -163,7 +164,7 @@ class ScheduleArguments(ScoringArguments):
 
     def fit_rounds(self, total_steps: int) -> None:
         """Of a training of few steps: as many rounds as fit into it, unless their number was given."""
-        if self.gradual and self._rounds_by_default:
+        if self._rounds_by_default:
             self.rounds = min(self.default_rounds(), most_rounds(self.until, total_steps))
 
     def default_rounds(self) -> int:
@@ -210,14 +211,34 @@ class ScheduleArguments(ScoringArguments):
 
 @dataclass
 class SparsityArguments(ScheduleArguments):
-    """The sparsity of one network, and whether the unpruned one is trained beside it."""
+    """The pruning of one network, its repair, and whether the unpruned one is trained beside it."""
 
     topic: ClassVar[str] = "pruning"
 
+    repair: str = field(
+        default=NONE,
+        metadata={
+            "help": "Change what stays so that it makes up for what is pruned, without training, on the images that "
+            "weights are scored on: statistics folds removed units into the others or corrects means, and measures "
+            "BatchNorm anew; layers and blocks fit layers or whole blocks to the dense network.",
+            "choices": [NONE, *REPAIRS],
+        },
+    )
     compare_dense: bool = field(
         default=False,
         metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},
     )
+
+    def check(self) -> None:
+        super().check()
+        if self.repair != NONE and self.gradual:
+            raise px.InvalidArgumentError(
+                f"--repair {self.repair} is for a network that is pruned before training, and --schedule "
+                f"{self.schedule} repairs by training. Leave one out."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | ({"repair": self.repair} if self.repair != NONE else {})
 
 
 @dataclass
@@ -269,7 +290,7 @@ class PruneArguments(SparsityArguments):
 
     def default_schedule(self) -> str:
         """Gradual, unless the masks are to be there before training, or a smaller network is to be trained."""
-        before = self.keep_masks or self.dense or self.control != "none" or self.takes_out_units
+        before = self.keep_masks or self.dense or self.control != "none" or self.repair != NONE or self.takes_out_units
         return ONE_SHOT if before else GRADUAL
 
     @property
@@ -305,6 +326,7 @@ class PruneArguments(SparsityArguments):
         name = f"{self.criterion_name}{100 * self.sparsity:g}"
         name += f"-{self.scope}".replace(":", "-") if self.takes_out_units else ""
         name += f"-{self.schedule}" if self.gradual else ""
+        name += f"-{self.repair}" if self.repair != NONE else ""
         return name if self.control == "none" else f"{name}-{self.control}"
 
     def describe(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 import px_hf as px
 
 from ..plan import round_steps
+from ..repair.by_name import REPAIRS
 from .job import Job, MaskSource, Say
 from .pruning_run import PruningRun
 
@@ -46,6 +47,9 @@ class BeforeTraining(Pruning):
         with run.phase("Prune"):
             self.found = run.masks(source, units)
             run.say(f"{self.found.kept:,} of {self.found.total:,} weights kept")
+            if run.checkpoint is None and (repair := REPAIRS.get(job.prune_args.repair)):
+                repair(network, self.found, source.batches, not job.training.disable_tqdm)
+                run.say(f"repaired without training: {job.prune_args.repair}")
             self.model, self.masks = network, self.found
             if units:
                 self.model, self.masks = run.shrink(network, self.found, job.example)
