@@ -244,6 +244,7 @@ def test_every_option_of_ours_has_a_topic() -> None:
         "data",
         "pruning",
         "distillation",
+        "lora",
         "training",
         "saving",
     }

@@ -550,7 +550,7 @@ def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_help_lists_our_arguments_and_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        prune_finetune.parse(["--help"])
+        prune_finetune.parse(["--help", "all"])
     printed = capsys.readouterr().out
     for name in ("--criterion", "--label_column_name", "--trust_remote_code", "--gradient_accumulation_steps"):
         assert name in printed

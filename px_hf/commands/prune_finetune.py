@@ -19,6 +19,8 @@ from ..runs.classification_job import ClassificationJob
 from ..runs.folder import write_json
 from ..runs.help import Usage
 from ..runs.job import Job
+from ..runs.lora_arguments import LoraArguments
+from ..runs.low_rank import ByLora
 from ..runs.parsing import parse_groups
 from ..runs.pruning_arguments import PruneArguments
 from ..runs.pruning_run import PruningRun, size_of_smaller
@@ -56,7 +58,9 @@ def prune_and_fine_tune(job: Job) -> None:
     with run.phase("Load"):
         network = job.load(run.say)
         source = job.mask_source(network, run.say)
-    pruning = (WhileTraining if args.gradual else BeforeTraining)(run, job, network, source)
+    by_lora = isinstance(args, LoraArguments) and args.lora
+    kind = WhileTraining if args.gradual else ByLora if by_lora else BeforeTraining
+    pruning = kind(run, job, network, source)
     job.check_student(pruning.model)
     if args.compare_dense:
         run.train_dense(job)
@@ -114,6 +118,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
         raise px.InvalidArgumentError(
             f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
         )
+    prune.check_lora()
     if prune.takes_out_units and prune.control != "none":
         raise px.InvalidArgumentError(f"--control changes single weights, and --scope {prune.scope} whole units.")
     if prune.dense:
@@ -134,6 +139,7 @@ def _check_schedule(prune: PruneArguments) -> None:
     if not prune.gradual:
         return
     about = {
+        "--lora": (prune.lora, "trains adapters under masks that are found before"),
         "--keep_masks": (prune.keep_masks, "prunes nothing more"),
         "--dense": (prune.dense, "prunes nothing"),
         f"--control {prune.control}": (prune.control != "none", "changes masks that are found before training"),

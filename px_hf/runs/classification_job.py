@@ -102,13 +102,14 @@ class ClassificationJob(Job):
 
     def mask_source(self, model: PreTrainedModel, say: Say) -> MaskSource:
         args, training = self.prune_args, self.training
-        told = {
+        told: dict[str, Any] = {
             "base_model": self.model_args.short_name(),
             "base_revision": self.model_args.commit(),
             "dataset": self.data_args.short_name(),
             "dataset_id": self.data_args.hub_id(),
             "seed": training.seed,
         }
+        told |= args.describe_lora()
         if args.distill is not None:
             told["distilled_from"] = Path(args.distill).name if Path(args.distill).is_dir() else args.distill
         if args.keep_masks:
@@ -136,6 +137,17 @@ class ClassificationJob(Job):
             seed=self.training.seed,
             batch_size=self.prune_args.scoring_batch_size,
         )
+
+    def adapted(self, network: nn.Module) -> nn.Module:
+        """With LoRA adapters if `--lora` asks for them.
+
+        Raises:
+            InvalidArgumentError: `--lora_targets` names no layer that can have one.
+        """
+        if not self.prune_args.lora:
+            return network
+        self.training.label_names = self.training.label_names or ["labels"]  # which Trainer cannot find out of peft
+        return self.prune_args.adapted(network, self.training.seed)
 
     def trainer(self, model: nn.Module, training: FineTuneArguments, callbacks: list[TrainerCallback]) -> Trainer:
         return make_trainer(model, self.splits, training, self.processor, callbacks)

@@ -116,6 +116,10 @@ class Job(ABC):
         """Find out before anything is trained whether a teacher fits the pruned network, if there is one."""
         return
 
+    def adapted(self, network: nn.Module) -> nn.Module:
+        """What is trained in the place of `network`: itself, or a PeftModel around it."""
+        return network
+
     def student(self, model: nn.Module, callbacks: list[TrainerCallback], dense: Path | None) -> Trainer:
         """The Trainer of the pruned network; `dense` holds the teacher if that is the dense network of the run."""
         return self.trainer(model, self.training, callbacks)
@@ -124,9 +128,11 @@ class Job(ABC):
         """The unpruned network after the same training, and its scores."""
         unsaved, network = copy.copy(self.training), self.network()
         unsaved.save_strategy = SaveStrategy.NO
-        trainer = self.trainer(network, unsaved, [])
+        trainer = self.trainer(self.adapted(network), unsaved, [])
         trainer.train()
-        return network, self.evaluate(trainer, "dense")
+        trained: Any = trainer.model
+        scores = self.evaluate(trainer, "dense")
+        return network if trained is network else trained.merge_and_unload(), scores
 
     def steps(self, model: nn.Module) -> int:
         """How many steps of the optimizer the training of `model` takes."""

@@ -16,6 +16,7 @@ from ..model.inputs import Batches
 from ..plan import ROUNDS as GRADUAL_ROUNDS
 from ..plan import SCHEDULES, UNTIL, check_until
 from ..scopes import as_scope, check_sparsity
+from .lora_arguments import LoraArguments
 
 ONE_SHOT = SCHEDULES[0]
 CRITERION, ROUNDS = "px-active", 20
@@ -199,7 +200,7 @@ class SparsityArguments(ScoringArguments):
 
 
 @dataclass
-class PruneArguments(SparsityArguments):
+class PruneArguments(LoraArguments, SparsityArguments):
     """The sparse subnetwork of a classifier."""
 
     topic: ClassVar[str] = "pruning"
