@@ -32,7 +32,7 @@ USAGE = Usage(
     "arguments: an embedded ResNet, pruned by 90 %, on handwritten digits, in a minute.",
     (
         "px-hf prune --model_name_or_path timm/resnet50.a1_in1k --train_dir photos/train --sparsity 0.8",
-        "px-hf prune --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --schedule gradual",
+        "px-hf prune --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --config vit-90",
         "px-hf prune --num_processes 4 ...                   # on four GPUs",
     ),
     (
