@@ -18,6 +18,7 @@ from ..runs.arguments import EXAMPLE, DataArguments, FineTuneArguments, ModelArg
 from ..runs.classification_job import ClassificationJob
 from ..runs.folder import write_json
 from ..runs.help import Usage
+from ..runs.html_report import write_report
 from ..runs.job import Job
 from ..runs.lora_arguments import LoraArguments
 from ..runs.low_rank import ByLora
@@ -83,6 +84,8 @@ def prune_and_fine_tune(job: Job) -> None:
     write_json(run.out / "all_results.json", results)
     plot_layer_sparsity(pruning.found, run.out / "per_layer_sparsity.png")
     job.draw(run.out, trainer, pruning.found, results)
+    said = {"dense": run.record.get("dense_said"), "pruned": job.guesses(model)}
+    write_report(run.out, results, pruning.found, job.tiles({who: words for who, words in said.items() if words}))
     run.show(job.table(run.out, results))
     if run.repo_id:
         with run.phase("Push"):

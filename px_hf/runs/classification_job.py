@@ -33,6 +33,7 @@ from .arguments import DataArguments, FineTuneArguments
 from .backbone import load_model, load_processor
 from .classifier_trainer import make_trainer
 from .console import ClosingTable
+from .html_report import Tile, spread
 from .job import Job, MaskSource, Say, Scores
 from .pruning_arguments import PruneArguments
 from .saved_model import load as load_teacher
@@ -196,6 +197,21 @@ class ClassificationJob(Job):
         split = self.task.test or self.task.validation
         for start in range(0, min(len(split), 256), 32):
             yield split.images(range(start, min(start + 32, len(split))))
+
+    def guesses(self, model: nn.Module) -> list[str]:
+        split = self.task.test or self.task.validation
+        pixels = self.pixels(split.images(spread(len(split)))).to(self.training.device)
+        with evaluating(model), torch.no_grad():
+            found = model(pixel_values=pixels).logits.argmax(-1).tolist()
+        return [self.task.labels[k] for k in found]
+
+    def tiles(self, said: Mapping[str, list[str]]) -> list[Tile]:
+        split = self.task.test or self.task.validation
+        places = spread(len(split))
+        return [
+            Tile(image, self.task.labels[int(split.labels[place])], {who: words[k] for who, words in said.items()})
+            for k, (place, image) in enumerate(zip(places, split.images(places), strict=True))
+        ]
 
     def stock(self, folder: Path) -> nn.Module:
         trust = self.model_args.trust_remote_code

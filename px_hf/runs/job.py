@@ -22,6 +22,7 @@ import px_hf as px
 from ..data import Preprocess
 from ..model.inputs import Batches
 from .arguments import FineTuneArguments, ModelArguments
+from .html_report import Tile
 from .pruning_arguments import SparsityArguments
 
 Say = Callable[[str], None]
@@ -106,6 +107,14 @@ class Job(ABC):
     @abstractmethod
     def table(self, out: Path, results: Mapping[str, Any]) -> Table:
         """The closing table, of what is in all_results.json."""
+
+    def guesses(self, model: nn.Module) -> list[str]:
+        """What a trained network says of the images that the report shows; nothing for kinds without such a grid."""
+        return []
+
+    def tiles(self, said: Mapping[str, list[str]]) -> list[Tile]:
+        """Those images, with what the networks say of them, by the names of the networks."""
+        return []
 
     @property
     def learns_from_dense(self) -> bool:
