@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .errors import DependencyError, NonFiniteError, TargetError, listed
 from .masks import Masks
-from .model.adapters import adapted_layers, is_peft_model
+from .model.adapters import INJECTED, adapted_layers, is_peft_model
 from .model.wrappers import unwrap_to_peft
 
 
@@ -176,6 +176,7 @@ def _lora_model(model: nn.Module) -> nn.Module:
     if not is_peft_model(found):
         raise TargetError(
             f"{type(found).__name__} is no PeftModel. Expected what peft.get_peft_model(model, LoraConfig(...)) gives."
+            + (f" It holds adapters of peft. {INJECTED}" if adapted_layers(found) else "")
         )
     kinds = {name: str(getattr(each.peft_type, "value", each.peft_type)) for name, each in found.peft_config.items()}
     others = [f"{name!r} is {kind}" for name, kind in kinds.items() if kind != "LORA"]

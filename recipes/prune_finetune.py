@@ -25,8 +25,8 @@ Two processes on a machine without a GPU (`accelerate launch --cpu` would silent
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/prune_finetune.py
 
 The output folder holds the model for stock transformers, with exact zeros (config.json, model.safetensors, the image
-processor), a compact copy of it in sparse/, all_results.json, per_layer_sparsity.png, training_curve.png, the
-Trainer's checkpoints with their masks, and run.json, which a resumed run reads. It is never overwritten unless
+processor), a compact copy of it in sparse/, report.html, all_results.json, per_layer_sparsity.png, training_curve.png,
+the Trainer's checkpoints with their masks, and run.json, which a resumed run reads. It is never overwritten unless
 --overwrite_output_dir says so.
 `--help` lists every argument; those of transformers.TrainingArguments are among them.
 """

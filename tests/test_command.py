@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_hub import edit_config, pruned, remove, resnet, timm_resnet, truncate, vit
@@ -36,6 +37,7 @@ from px_hf.runs.arguments import DataArguments, FineTuneArguments, ModelArgument
 from px_hf.runs.downstream_arguments import parse_downstream
 from px_hf.runs.embedded_models import EMBEDDED, embedded
 from px_hf.runs.help import Usage, asked, help_text, topics_of
+from px_hf.runs.parsing import PRESETS
 from px_hf.runs.pruning_arguments import PruneArguments
 
 hub_client = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of httpx2, by huggingface_hub 2.4
@@ -244,6 +246,7 @@ def test_every_option_of_ours_has_a_topic() -> None:
         "data",
         "pruning",
         "distillation",
+        "lora",
         "training",
         "saving",
     }
@@ -469,3 +472,32 @@ def test_the_program_counts_problems(tmp_path: Path) -> None:
     saved(tmp_path / "out")
     only_the_config_is_left(tmp_path / "out")
     assert inspect_model.main([str(tmp_path / "out")]) == 1
+
+
+# ---------------------------------------- settings by name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_that_come_with_px_hf(name: str) -> None:
+    backbone, _, percent = name.partition("-")
+    *_, prune, training = prune_finetune.parse(["--config", name, "--model_name_or_path", f"demo-{backbone}"])
+    assert prune.sparsity == int(percent) / 100
+    assert prune.gradual == (percent != "50")
+    assert prune.criterion_name == ("px-balanced" if prune.gradual else "px-active")
+    assert training.learning_rate == (1e-3 if backbone == "vit" else 2e-3)
+    *_, training = prune_finetune.parse(["--config", name, "--learning_rate", "1e-4"])
+    assert training.learning_rate == 1e-4
+
+
+def test_the_help_names_all_of_them() -> None:
+    (config,) = [each for each in fields(ModelArguments) if each.name == "config"]
+    assert len(PRESETS) == 6
+    assert all(name in config.metadata["help"] for name in PRESETS)
+    with pytest.raises(px.InvalidArgumentError, match=r"Cannot read --config vit-99: .*one of resnet-50, .*vit-90"):
+        prune_finetune.parse(["--config", "vit-99"])
+
+
+def test_the_citation_is_that_of_this_version() -> None:
+    content = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
+    assert content["version"] == px.__version__
+    assert content["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2406.01820"

@@ -157,17 +157,25 @@ def test_shrinking_and_saving_need_the_plain_model(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_without_a_peft_model() -> None:
+def test_adapters_without_a_peft_model(tmp_path: Path) -> None:
     plain = vit()
     masks = some_masks(plain)
     masks.apply_(plain)
     model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), plain)
     assert some_masks(model) == masks
     assert not masks.revived(model)
-    with pytest.raises(px.TargetError, match="is no PeftModel"):
-        px.merge_lora_(model, masks)
-    with pytest.raises(px.TargetError, match="holds adapters of peft"):
-        px.save_pretrained(model, masks, "nowhere")
+    for call in (lambda: px.merge_lora_(model, masks), lambda: px.save_pretrained(model, masks, "nowhere")):
+        with pytest.raises(px.TargetError, match=r"without a PeftModel.*layer\.merge\(\); model\.set_submodule"):
+            call()
+    expected = logits(trained(model))
+    for path, layer in list(model.named_modules()):  # as the error says
+        if hasattr(layer, "base_layer"):
+            layer.merge()
+            model.set_submodule(path, layer.base_layer)
+    assert torch.allclose(logits(model), expected, atol=1e-4)
+    masks.apply_(model)
+    px.save_pretrained(model, masks, tmp_path)
+    assert not masks.revived(px.from_pretrained(tmp_path))
 
 
 def test_attention_that_peft_takes_apart_is_refused() -> None:

@@ -538,6 +538,9 @@ def test_the_schedule_has_its_own_rounds_and_is_in_the_name() -> None:
         (["--control", "shuffle"], "one-shot"),
         (["--dense"], "one-shot"),
         (["--keep_masks"], "one-shot"),
+        (["--repair", "layers"], "one-shot"),
+        (["--lora"], "one-shot"),
+        (["--num_train_epochs", "0"], "one-shot"),
     ],
 )
 def test_when_a_network_is_pruned_by_default(more: list[str], schedule: str) -> None:
@@ -581,7 +584,7 @@ def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
 
 def test_help_lists_our_arguments_and_those_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        prune_finetune.parse(["--help"])
+        prune_finetune.parse(["--help", "all"])
     printed = capsys.readouterr().out
     for name in ("--criterion", "--label_column_name", "--trust_remote_code", "--gradient_accumulation_steps"):
         assert name in printed

@@ -22,7 +22,10 @@ from ..runs.arguments import EXAMPLE, DataArguments, FineTuneArguments, ModelArg
 from ..runs.classification_job import ClassificationJob
 from ..runs.folder import write_json
 from ..runs.help import Usage
+from ..runs.html_report import write_report
 from ..runs.job import Job
+from ..runs.lora_arguments import LoraArguments
+from ..runs.low_rank import ByLora
 from ..runs.parsing import parse_groups
 from ..runs.pruning_arguments import PruneArguments
 from ..runs.pruning_run import PruningRun, size_of_smaller
@@ -34,7 +37,7 @@ USAGE = Usage(
     "arguments: an embedded ResNet, pruned by 90 %, on handwritten digits, in a minute.",
     (
         "px-hf prune --model_name_or_path timm/resnet50.a1_in1k --train_dir photos/train --sparsity 0.8",
-        "px-hf prune --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --schedule gradual",
+        "px-hf prune --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans --config vit-90",
         "px-hf prune --num_processes 4 ...                   # on four GPUs",
     ),
     (
@@ -62,7 +65,9 @@ def prune_and_fine_tune(job: Job) -> None:
         if args.gradual:
             args.fit_rounds(job.steps(network))
         source = job.mask_source(network, run.say)
-    pruning = (WhileTraining if args.gradual else BeforeTraining)(run, job, network, source)
+    by_lora = isinstance(args, LoraArguments) and args.lora
+    kind = WhileTraining if args.gradual else ByLora if by_lora else BeforeTraining
+    pruning = kind(run, job, network, source)
     job.check_student(pruning.model)
     if args.compare_dense:
         run.train_dense(job)
@@ -86,6 +91,8 @@ def prune_and_fine_tune(job: Job) -> None:
     write_json(run.out / "all_results.json", results)
     plot_layer_sparsity(pruning.found, run.out / "per_layer_sparsity.png")
     job.draw(run.out, trainer, pruning.found, results)
+    said = {"dense": run.record.get("dense_said"), "pruned": job.guesses(model)}
+    write_report(run.out, results, pruning.found, job.tiles({who: words for who, words in said.items() if words}))
     run.show(job.table(run.out, results))
     if run.repo_id:
         with run.phase("Push"):
@@ -121,6 +128,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PruneArgu
         raise px.InvalidArgumentError(
             f"{other} needs the unpruned network, and with --keep_masks there is only the sparse one. Leave one out."
         )
+    prune.check_lora()
     if prune.takes_out_units and prune.control != "none":
         raise px.InvalidArgumentError(f"--control changes single weights, and --scope {prune.scope} whole units.")
     if prune.dense:
@@ -149,6 +157,7 @@ def _check_schedule(prune: PruneArguments) -> None:
     if not prune.gradual:
         return
     about = {
+        "--lora": (prune.lora, "trains adapters under masks that are found before"),
         "--keep_masks": (prune.keep_masks, "prunes nothing more"),
         "--dense": (prune.dense, "prunes nothing"),
         f"--control {prune.control}": (prune.control != "none", "changes masks that are found before training"),

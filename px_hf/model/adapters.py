@@ -79,6 +79,15 @@ def added_modules(model: nn.Module) -> set[nn.Module]:
     return added
 
 
+INJECTED = (
+    "They were put in without a PeftModel (peft.inject_adapter_in_model, model.add_adapter). Make one of the plain "
+    "model, peft.get_peft_model(model, config), for px.mask_lora and px.merge_lora_. Or merge them by hand: for path, "
+    'layer in list(model.named_modules()): if hasattr(layer, "base_layer"): layer.merge(); '
+    "model.set_submodule(path, layer.base_layer). And then masks.apply_(model)."
+)
+"""What to do with adapters that no PeftModel holds."""
+
+
 def require_merged(model: nn.Module, what: str) -> None:
     """For what cannot be done to a model with adapters.
 
@@ -86,9 +95,11 @@ def require_merged(model: nn.Module, what: str) -> None:
         TargetError: it has some.
     """
     if plain_paths(model) is not None:
+        whole = any(is_peft_model(module) or is_tuner(module) for module in model.modules())
+        advice = "Call model = px.merge_lora_(peft_model, masks), which merges them and keeps the zeros."
         raise TargetError(
-            f"{what} needs the plain model, and {type(model).__name__} holds adapters of peft. Call "
-            "model = px.merge_lora_(peft_model, masks), which merges them and keeps the zeros."
+            f"{what} needs the plain model, and {type(model).__name__} holds adapters of peft. "
+            f"{advice if whole else INJECTED}"
         )
 
 

@@ -49,7 +49,11 @@ class ModelArguments:
     topic: ClassVar[str] = "model"
 
     config: str | None = field(
-        default=None, metadata={"help": "YAML file of arguments; the command line overrides it."}
+        default=None,
+        metadata={
+            "help": "YAML file of arguments, or settings that come with px_hf: vit-50, vit-80, vit-90, resnet-50, "
+            "resnet-80, resnet-90. The command line overrides it."
+        },
     )
     model_name_or_path: str = field(
         default="demo-resnet",

@@ -33,6 +33,7 @@ from .arguments import DataArguments, FineTuneArguments
 from .backbone import load_model, load_processor, require_trained_head
 from .classifier_trainer import make_trainer
 from .console import ClosingTable
+from .html_report import Tile, spread
 from .job import Job, MaskSource, Say, Scores
 from .pruning_arguments import PruneArguments
 from .saved_model import load as load_teacher
@@ -104,13 +105,14 @@ class ClassificationJob(Job):
 
     def mask_source(self, model: PreTrainedModel, say: Say) -> MaskSource:
         args, training = self.prune_args, self.training
-        told = {
+        told: dict[str, Any] = {
             "base_model": self.model_args.short_name(),
             "base_revision": self.model_args.commit(),
             "dataset": self.data_args.short_name(),
             "dataset_id": self.data_args.hub_id(),
             "seed": training.seed,
         }
+        told |= args.describe_lora()
         if args.distill is not None:
             told["distilled_from"] = Path(args.distill).name if Path(args.distill).is_dir() else args.distill
         if args.keep_masks:
@@ -138,6 +140,17 @@ class ClassificationJob(Job):
             seed=self.training.seed,
             batch_size=self.prune_args.scoring_batch_size,
         )
+
+    def adapted(self, network: nn.Module) -> nn.Module:
+        """With LoRA adapters if `--lora` asks for them.
+
+        Raises:
+            InvalidArgumentError: `--lora_targets` names no layer that can have one.
+        """
+        if not self.prune_args.lora:
+            return network
+        self.training.label_names = self.training.label_names or ["labels"]  # which Trainer cannot find out of peft
+        return self.prune_args.adapted(network, self.training.seed)
 
     def trainer(self, model: nn.Module, training: FineTuneArguments, callbacks: list[TrainerCallback]) -> Trainer:
         return make_trainer(model, self.splits, training, self.processor, callbacks)
@@ -186,6 +199,21 @@ class ClassificationJob(Job):
         split = self.task.test or self.task.validation
         for start in range(0, min(len(split), 256), 32):
             yield split.images(range(start, min(start + 32, len(split))))
+
+    def guesses(self, model: nn.Module) -> list[str]:
+        split = self.task.test or self.task.validation
+        pixels = self.pixels(split.images(spread(len(split)))).to(self.training.device)
+        with evaluating(model), torch.no_grad():
+            found = model(pixel_values=pixels).logits.argmax(-1).tolist()
+        return [self.task.labels[k] for k in found]
+
+    def tiles(self, said: Mapping[str, list[str]]) -> list[Tile]:
+        split = self.task.test or self.task.validation
+        places = spread(len(split))
+        return [
+            Tile(image, self.task.labels[int(split.labels[place])], {who: words[k] for who, words in said.items()})
+            for k, (place, image) in enumerate(zip(places, split.images(places), strict=True))
+        ]
 
     def stock(self, folder: Path) -> nn.Module:
         trust = self.model_args.trust_remote_code

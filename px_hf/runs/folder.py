@@ -21,7 +21,7 @@ FINISHED = ("config.json", "model.safetensors", "model.safetensors.index.json")
 RUN_FILE = "run.json"
 """The settings that masks depend on and, once known, the dense results: what a resumed run must know."""
 
-OPTIONAL = ("schedule", "distilled_from")
+OPTIONAL = ("schedule", "distilled_from", "lora")
 """Settings that are told only where they apply: a run that tells one is not resumed without it."""
 
 UNITS_FILE = "units.safetensors"
@@ -130,7 +130,7 @@ def _incomplete(folder: Path) -> str | None:
         return "there is no such folder"
     expected = ["optimizer.pt", "scheduler.pt", "trainer_state.json", MASKS_FILE]
     missing = [name for name in expected if not (folder / name).is_file()]
-    weights = sorted(folder.glob("model*.safetensors"))
+    weights = sorted([*folder.glob("model*.safetensors"), *folder.glob("adapter_model.safetensors")])
     if missing or not weights:
         return f"half-written, {', '.join(missing or ['model.safetensors'])} is missing"
     for path in [*weights, folder / MASKS_FILE]:

@@ -22,6 +22,7 @@ import px_hf as px
 from ..data import Preprocess
 from ..model.inputs import Batches
 from .arguments import FineTuneArguments, ModelArguments
+from .html_report import Tile
 from .pruning_arguments import SparsityArguments
 
 Say = Callable[[str], None]
@@ -107,6 +108,14 @@ class Job(ABC):
     def table(self, out: Path, results: Mapping[str, Any]) -> Table:
         """The closing table, of what is in all_results.json."""
 
+    def guesses(self, model: nn.Module) -> list[str]:
+        """What a trained network says of the images that the report shows; nothing for kinds without such a grid."""
+        return []
+
+    def tiles(self, said: Mapping[str, list[str]]) -> list[Tile]:
+        """Those images, with what the networks say of them, by the names of the networks."""
+        return []
+
     @property
     def learns_from_dense(self) -> bool:
         """Whether the dense network of the run is the teacher of the pruned one."""
@@ -116,6 +125,10 @@ class Job(ABC):
         """Find out before anything is trained whether a teacher fits the pruned network, if there is one."""
         return
 
+    def adapted(self, network: nn.Module) -> nn.Module:
+        """What is trained in the place of `network`: itself, or a PeftModel around it."""
+        return network
+
     def student(self, model: nn.Module, callbacks: list[TrainerCallback], dense: Path | None) -> Trainer:
         """The Trainer of the pruned network; `dense` holds the teacher if that is the dense network of the run."""
         return self.trainer(model, self.training, callbacks)
@@ -124,10 +137,12 @@ class Job(ABC):
         """The unpruned network after the same training, and its scores."""
         unsaved, network = copy.copy(self.training), self.network()
         unsaved.save_strategy = SaveStrategy.NO
-        trainer = self.trainer(network, unsaved, [])
+        trainer = self.trainer(self.adapted(network), unsaved, [])
         if self.training.trains:
             trainer.train()
-        return network, self.evaluate(trainer, "dense")
+        trained: Any = trainer.model
+        scores = self.evaluate(trainer, "dense")
+        return network if trained is network else trained.merge_and_unload(), scores
 
     def steps(self, model: nn.Module) -> int:
         """How many steps of the optimizer the training of `model` takes."""

@@ -69,12 +69,18 @@ def parse_groups(
     return found
 
 
+PRESETS = {file.stem: file for file in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
+"""Settings that come with px_hf, by the names that `--config` takes beside paths: docs/RESULTS.md supports them."""
+
+
 def _read_config(path: str) -> list[str]:
     """A YAML mapping as command-line words, so that it is checked by the same parser."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise px.InvalidArgumentError(f"Cannot read --config {path}: {error}") from error
+        content = yaml.safe_load(PRESETS.get(path, Path(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise px.InvalidArgumentError(
+            f"Cannot read --config {path}: {error}. Expected a YAML file, or one of {', '.join(PRESETS)}."
+        ) from error
     if not isinstance(content, dict):
         raise px.InvalidArgumentError(f"--config {path} is no YAML mapping of argument names to values.")
     words: list[str] = []

@@ -17,6 +17,7 @@ from ..plan import ROUNDS as GRADUAL_ROUNDS
 from ..plan import SCHEDULES, UNTIL, check_until, most_rounds
 from ..repair.by_name import NONE, REPAIRS
 from ..scopes import as_scope, check_sparsity
+from .lora_arguments import LoraArguments
 
 ONE_SHOT, GRADUAL = SCHEDULES
 CRITERION, ROUNDS = "px-active", 20
@@ -242,7 +243,7 @@ class SparsityArguments(ScheduleArguments):
 
 
 @dataclass
-class PruneArguments(SparsityArguments):
+class PruneArguments(LoraArguments, SparsityArguments):
     """The sparse subnetwork of a classifier."""
 
     topic: ClassVar[str] = "pruning"
@@ -290,8 +291,8 @@ class PruneArguments(SparsityArguments):
 
     def default_schedule(self) -> str:
         """Gradual, unless the masks are to be there before training, or a smaller network is to be trained."""
-        before = self.keep_masks or self.dense or self.control != "none" or self.repair != NONE or self.takes_out_units
-        return ONE_SHOT if before else GRADUAL
+        needs_masks = self.keep_masks or self.dense or self.control != "none" or self.repair != NONE or self.lora
+        return ONE_SHOT if needs_masks or self.takes_out_units else GRADUAL
 
     @property
     def distill_dense(self) -> bool:

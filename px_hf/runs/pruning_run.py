@@ -124,7 +124,7 @@ class PruningRun:
                 self.teacher = self.out / TEACHER_FOLDER
                 on_main(partial(_save_stock, network, self.teacher))
                 self.record["teacher"] = TEACHER_FOLDER
-            self.note(dense=scores)
+            self.note(dense=scores, dense_said=job.guesses(network))
 
     def note(self, **found: Any) -> None:
         """Record what a resumed run need not find again."""

@@ -58,6 +58,7 @@ class BeforeTraining(Pruning):
         self.provenance = source.provenance
 
     def fine_tune(self, trainer: Trainer, checkpoint: str | None) -> None:
+        _put_first(trainer, self.callbacks[0])
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -79,8 +80,7 @@ class WhileTraining(Pruning):
         self.provenance = source.provenance
 
     def fine_tune(self, trainer: Trainer, checkpoint: str | None) -> None:
-        callbacks = trainer.callback_handler.callbacks  # first of all, so that trackers are told its sparsity
-        callbacks.insert(0, trainer.pop_callback(self._pruning))
+        _put_first(trainer, self._pruning)
         trainer.train(resume_from_checkpoint=checkpoint)
         self.found = self.masks = self._pruning.masks
         if not self._pruning.finished:
@@ -88,6 +88,11 @@ class WhileTraining(Pruning):
             self._run.say(f"Training ended before the last round: {100 * self.found.sparsity:.4g} % are pruned.")
         if self._job.prune_args.takes_out_units and self.found.kept < self.found.total:
             self.model, self.masks = self._run.shrink(self.model, self.found, self._job.example)
+
+
+def _put_first(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Before the trackers of `--report_to`, so that these are told its sparsity."""
+    trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(callback))
 
 
 class RoundsShown(TrainerCallback):

@@ -29,6 +29,7 @@ from ..model.wrappers import unwrap
 from ..plan import ROUNDS, UNTIL, Plan
 from ..scopes import Scope
 from .checkpoint import checkpoint_folder, save_for_push, save_in_checkpoint
+from .logged import add_to_logs, sparsity_logs
 
 CRITERION_FILE = "criterion.safetensors"
 """In a checkpoint between rounds: what a criterion that learns from round to round remembers."""
@@ -49,7 +50,10 @@ class GradualPruning(TrainerCallback):
 
     Schedule, rounds and what training sees of them are those of `px.gradual_pruning`. As with `KeepMasks`, each
     checkpoint holds the masks of its step as `masks.safetensors`, and what Trainer pushes gets the compact copy,
-    with the sparsity that was reached by then. What Trainer logs of the training has a "sparsity".
+    with the sparsity that was reached by then. What Trainer logs of the training has "sparsity", "pruning_round", and
+    "layer_density_min", "layer_density_median", "layer_density_max". Trackers of `report_to` are told of a log
+    before callbacks that are given to Trainer. For theirs to have them too, put this one first:
+    ``trainer.callback_handler.callbacks.insert(0, trainer.pop_callback(pruning))``, as recipes do.
 
     Resuming from any checkpoint gives the run that was not interrupted. Settings other than the checkpoint's, masks
     that cannot be found, or weights where they have zeros raise CheckpointError before the first step.
@@ -92,6 +96,7 @@ class GradualPruning(TrainerCallback):
         self._masks: Masks | None = None
         self._finished = False
         self._made = 0
+        self._logged: dict[str, float] = {}
 
     @property
     def masks(self) -> Masks:
@@ -151,11 +156,8 @@ class GradualPruning(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or self._masks is None:  # not of the training
-            return
-        logs["sparsity"] = self._masks.sparsity
-        if state.log_history:  # of which Trainer has made a copy before
-            state.log_history[-1]["sparsity"] = self._masks.sparsity
+        if self._masks is not None:
+            add_to_logs({**self._logged, "pruning_round": self._made}, logs, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = save_in_checkpoint(args, state, kwargs["model"], self.masks)
@@ -190,6 +192,7 @@ class GradualPruning(TrainerCallback):
         """What is so far, here and in Trainer's state, which it writes into its checkpoints."""
         assert self._pruner is not None
         self._masks, self._finished = self._pruner.masks, self._pruner.finished
+        self._logged = sparsity_logs(self._masks)
         saved = self._pruner.state_dict()
         self._made = saved["rounds"]
         records = cast(dict[str, Any], state.stateful_callbacks)  # annotated as the list it is made from

@@ -20,6 +20,7 @@ from ..masks_file import MASKS_FILE
 from ..model.adapters import plain_paths
 from ..model.wrappers import unwrap
 from .checkpoint import checkpoint_folder, save_for_push, save_in_checkpoint
+from .logged import add_to_logs, sparsity_logs
 
 
 class KeepMasks(TrainerCallback):
@@ -32,7 +33,8 @@ class KeepMasks(TrainerCallback):
     The model is masked when training begins, stays so after each step (see `keep_masks`), and is masked
     once more when training ends, after a best model may have been loaded. Each checkpoint folder gets the
     masks as `masks.safetensors`, and its weights by the names that Trainer looks for when it loads them again
-    (see `px_hf.trainer.checkpoint`).
+    (see `px_hf.trainer.checkpoint`). What Trainer logs of the training has "sparsity", and "layer_density_min",
+    "layer_density_median", "layer_density_max".
 
     What Trainer itself pushes to the Hub gets the compact copy too. `push_to_hub` does it in one commit, writes a
     better model card, and timm loads a timm model from it; TimmWrapper, left to Trainer, saves other names.
@@ -47,6 +49,7 @@ class KeepMasks(TrainerCallback):
             raise InvalidArgumentError(f"KeepMasks needs Masks, got {type(masks).__name__}.")
         self.masks = masks
         self._keeper: MaskKeeper | None = None
+        self._logged = sparsity_logs(masks)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,6 +62,16 @@ class KeepMasks(TrainerCallback):
         records[_RECORD] = self.masks.fingerprint()
         self._release()  # of a training that raised
         self._keeper = keep_masks(kwargs["optimizer"], kwargs["model"], self.masks)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        add_to_logs(self._logged, logs, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         save_in_checkpoint(args, state, kwargs["model"], self.masks)
