@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import timm
+import timm.optim
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
@@ -29,6 +31,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+    "timm Lion": lambda p: timm.optim.Lion(list(p), lr=1e-3, weight_decay=0.1),
+    "timm LAMB": lambda p: timm.optim.Lamb(list(p), lr=1e-2, weight_decay=0.1),
+    "timm Muon": lambda p: timm.optim.Muon(list(p), lr=1e-2, weight_decay=0.1),
 }
 
 
@@ -105,6 +110,24 @@ def test_every_optimizer(make: Optimizer) -> None:
         assert moved(model, before, masks)
     train(model, optimizer, steps=1)
     assert revived(model, masks) > 0, "without the handle they come back, or this test could not fail"
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon yet")
+def test_muon_steps_the_matrices_and_another_optimizer_the_rest() -> None:
+    """Orthogonalised updates are dense whatever the gradients are."""
+    model = vit()
+    masks, before = masks_of(model), copy.deepcopy(model.state_dict())
+    matrices = [p for name, p in model.named_parameters() if name in masks]
+    rest = [p for name, p in model.named_parameters() if name not in masks]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1)
+    with keep_masks(muon, model, masks):
+        for _ in range(3):
+            train(model, muon, steps=1)
+            OPTIMIZERS["AdamW"](rest).step()
+            assert revived(model, masks) == 0
+        assert moved(model, before, masks)
+    train(model, muon, steps=1)
+    assert revived(model, masks) > 0
 
 
 def test_lbfgs() -> None:
