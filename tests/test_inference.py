@@ -100,10 +100,11 @@ def test_a_runtime_that_fails_says_why() -> None:
 def test_the_sparse_kernels_are_compared_to_the_same_results(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_cpu, "LINEAR", ((8, 16),))
     monkeypatch.setattr(sparse_cpu, "CONVOLUTIONS", ((8, 3, 5),))
+    monkeypatch.setattr(sparse_cpu, "BLOCK", 2)
     monkeypatch.setattr(sys, "argv", ["sparse_cpu.py", "--rounds", "1", "--sparsities", "0.9", "0.98"])
     sparse_cpu.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith("| 8 × 16 |")]) == 2 * 5
+    assert len([line for line in lines if line.startswith("| 8 × 16 |")]) == 2 * (5 + 2)
     assert len([line for line in lines if line.startswith("| 8, 3 × 3, 5 × 5 |")]) == 2
     assert all(line.count("|") == 7 for line in lines if line)
 

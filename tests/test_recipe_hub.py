@@ -216,7 +216,7 @@ def test_keep_masks_needs_masks(folder: Path, more: list[str], error: type[Excep
 
 @pytest.mark.parametrize("name", ["transfer", "prune_segment"])
 def test_recipes_that_do_not_push_say_so(name: str) -> None:
-    with pytest.raises(px.InvalidArgumentError, match=r"--push_to_hub is for recipes/prune_finetune.py"):
+    with pytest.raises(px.InvalidArgumentError, match=r"--push_to_hub is for px-hf prune"):
         importlib.import_module(f"px_hf.commands.{name}").parse(["--push_to_hub"])
 
 

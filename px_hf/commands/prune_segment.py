@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, SegmentArguments, FineTu
         lambda named: (
             {"output_dir": "outputs/{model}-segment"}
             | ({} if named.dataset_name or named.train_file else EXAMPLE)
-            | ({"rounds": None} if named.schedule != ONE_SHOT else {})  # the default of that schedule
+            | ({"rounds": None} if named.schedule not in (None, ONE_SHOT) else {})  # the default of that schedule
         ),
     )
     args.check()
