@@ -66,7 +66,7 @@ def find_compact(folder_or_repo_id: str | os.PathLike[str], **download: Any) -> 
     asked = download.pop("subfolder", None) or ""
     subfolders = [str(PurePosixPath(asked, SPARSE_FOLDER))]
     if (PurePosixPath(asked).name or Path(folder_or_repo_id).name) == SPARSE_FOLDER:
-        subfolders.insert(0, asked)
+        subfolders.append(asked)  # the last, for a whole model may be in a folder of that name too
     for subfolder in subfolders:
         whole = find(folder_or_repo_id, WEIGHTS_FILE, subfolder=subfolder, **download)
         if whole is not None:
