@@ -134,6 +134,19 @@ class Scope(ABC):
         """
 
 
+def check_adds_up(criterion: Criterion, scope: Scope, groups: str) -> None:
+    """Whether the scores of weights add up to those of groups of them, such as units.
+
+    Raises:
+        InvalidArgumentError: they are ranks.
+    """
+    if criterion.unit_power is None:
+        raise InvalidArgumentError(
+            f"the scores of {type(criterion).__name__} rank weights and cannot be added up to those of {groups}, "
+            f"which scope={scope.name!r} needs. Use another criterion, such as px.PX()."
+        )
+
+
 def as_number(setting: object) -> float:
     """A setting as a float; NaN, which lies in no range, if it is no number."""
     try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..criteria import Criterion
 from ..errors import InvalidArgumentError, TargetError, listed
 from ..model.inputs import Batches
-from .base import Scope, Step
+from .base import Scope, Step, check_adds_up
 from .weights import Global
 
 
@@ -60,11 +60,7 @@ class Blocks(Scope):
         return f"block:{self.size}"
 
     def check_criterion(self, criterion: Criterion) -> None:
-        if criterion.unit_power is None:
-            raise InvalidArgumentError(
-                f"the scores of {type(criterion).__name__} rank weights and cannot be added up to those of blocks, "
-                f"which scope={self.name!r} needs. Use another criterion, such as px.PX()."
-            )
+        check_adds_up(criterion, self, "blocks")
 
     def targets(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of linear layers that hold a block; smaller ones and convolutions stay dense.

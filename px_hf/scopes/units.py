@@ -22,7 +22,7 @@ from ..model.example import example_of
 from ..model.inputs import Batches
 from ..structured.heads import with_counts
 from ..structured.units import Family, trace_units, unread
-from .base import Scope, Step
+from .base import Scope, Step, check_adds_up
 
 MULTIPLE: Final = 8
 """In layers of 64 units or more the uniform scope keeps a multiple of this, which kernels like."""
@@ -49,11 +49,7 @@ class Units(Scope):
         return self.texts[self.uniform]
 
     def check_criterion(self, criterion: Criterion) -> None:
-        if criterion.unit_power is None:
-            raise InvalidArgumentError(
-                f"the scores of {type(criterion).__name__} rank weights and cannot be added up to those of units, "
-                f"which scope={self.name!r} needs. Use another criterion, such as px.PX()."
-            )
+        check_adds_up(criterion, self, "units")
 
     def begin(self, model: nn.Module, batches: Batches, targets: Mapping[str, Tensor], criterion: Criterion) -> Scope:
         """The scope with the units of the model, found by running it on one image of ``batches``, or on zeros."""
