@@ -18,7 +18,8 @@ to each target (it is kept in the output folder as source/), and each target its
 Otherwise nothing is trained before: on the source the network is scored with the source's head (on unlabelled images
 with its own), once for all targets; on a target, and on the mix, with the new head that is then fine-tuned. The mix
 has half of the images of each. Images come from training splits. Tasks, output folder, resuming and failures are as in
-recipes/evaluate_downstream.py.
+recipes/evaluate_downstream.py. `--summarize` puts several runs into one table, and `--protocol 12-tasks` is a
+published protocol of transfer: docs/DOWNSTREAM.md.
 """
 
 from px_hf.commands import run

@@ -5,15 +5,31 @@ recipes/transfer.py says how it is run.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 import px_hf as px
 
+from ..atomic import whole
 from ..data import ClassificationTask, Preprocess
-from ..distributed import processes
+from ..distributed import on_main, processes
+from ..downstream.summary import (
+    LINES_FILE,
+    SUMMARY_FIGURE,
+    SUMMARY_FILE,
+    lines_of,
+    plot_summary,
+    read_runs,
+    summary,
+    write_lines,
+)  # fmt: skip
 from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, one_thread
 from ..runs.backbone import load_processor
 from ..runs.console import Phases
@@ -21,6 +37,8 @@ from ..runs.downstream_arguments import DownstreamArguments, parse_downstream
 from ..runs.downstream_evaluation import DownstreamEvaluation
 from ..runs.downstream_tasks import DownstreamTask, find_tasks
 from ..runs.help import Usage
+from ..runs.protocols import FILES as PROTOCOLS
+from ..runs.protocols import Protocol
 from ..runs.pruning_arguments import ScheduleArguments
 from ..runs.pruning_source import Source
 from ..runs.source_training import learned
@@ -29,6 +47,7 @@ from ..runs.subjects import PruningInTraining, Subject, prune
 BASES = ("source", "target", "mix")
 TASKS = BASES[:2]
 """What can be learned while the network is pruned."""
+EXAMPLE_TARGETS = ("digits", "greek")
 USAGE = Usage(
     "px-hf transfer",
     "Prune once, fine-tune on many tasks: how much of each task's dense accuracy does one subnetwork keep? Without "
@@ -37,6 +56,7 @@ USAGE = Usage(
         "px-hf transfer --model_name_or_path timm/resnet50.a1_in1k --source imagenet_sample.yaml --targets beans",
         "px-hf transfer --model_name_or_path google/vit-base-patch16-224-in21k --unlabelled_dir photos "
         "--prune_on source --targets beans",
+        "px-hf transfer --summarize outputs/seed0 outputs/seed1 outputs/seed2",
     ),
     (
         *("model_name_or_path", "source", "unlabelled_dir", "targets", "prune_on", "sparsity", "criterion"),
@@ -56,7 +76,11 @@ class TransferArguments(DownstreamArguments, ScheduleArguments):
         metadata={"help": "The task to prune on once: an embedded one, a dataset, a folder, a YAML file."},
     )
     targets: list[str] = field(
-        default_factory=lambda: ["digits", "greek"], metadata={"help": "Tasks to fine-tune on, named likewise."}
+        default_factory=list,
+        metadata={
+            "help": f"Tasks to fine-tune on, named likewise. Default: {', '.join(EXAMPLE_TARGETS)}; with --protocol, "
+            "all of its tasks."
+        },
     )
     prune_on: list[str] = field(
         default_factory=list,
@@ -67,13 +91,46 @@ class TransferArguments(DownstreamArguments, ScheduleArguments):
         },
     )
     random_control: bool = field(default=True, metadata={"help": "Fine-tune a random mask, too."})
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": "Fine-tune on the tasks of a published protocol, as it does.", "choices": list(PROTOCOLS)},
+    )
+    protocol_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the protocol's tasks, each a folder or a YAML file of its name."},
+    )
+    summarize: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Train nothing: one table and picture of the runs in these folders, such as seeds, sparsities and "
+            "criteria, or of the results.jsonl that this writes beside them."
+        },
+    )
+
+    def metrics(self) -> dict[str, str]:
+        """What the tasks of the protocol are judged by; others, by accuracy."""
+        return {} if self.protocol is None else Protocol.read(self.protocol).metrics
+
+    def targets_of(self) -> tuple[Protocol | None, list[DownstreamTask]]:
+        """The protocol, if there is one, and the tasks to fine-tune on.
+
+        Raises:
+            InvalidArgumentError: a task that is not there.
+        """
+        if self.protocol is None:
+            return None, find_tasks(self.targets or list(EXAMPLE_TARGETS), **self.limits())
+        protocol = Protocol.read(self.protocol)
+        return protocol, protocol.find(Path(self.protocol_dir or "."), self.targets, **self.limits())
 
 
 def main(argv: list[str]) -> int:
     """The number of targets that failed."""
     main_process = processes().is_main  # first of all: a wrong launch must not write anything
     model_args, args, training = parse(argv)
-    targets = find_tasks(args.targets, **args.limits())
+    if args.summarize:
+        on_main(partial(summarize, read_runs(args.summarize), Path(training.output_dir), args.metrics()))
+        return 0
+    protocol, targets = args.targets_of()
     phases, out = Phases(quiet=not main_process), Path(training.output_dir)
     dense = Subject("dense", "dense", model_args)
 
@@ -109,7 +166,7 @@ def main(argv: list[str]) -> int:
         control = once.control(subjects) if args.random_control and once is not None else None
         return subjects if control is None else [*subjects, control]
 
-    evaluation = DownstreamEvaluation(["finetune"], training, pixels, out, phases, model_args.cache_dir)
+    evaluation = DownstreamEvaluation(["finetune"], training, pixels, out, phases, model_args.cache_dir, protocol)
     results: dict[str, Any] = {
         "model": model_args.short_name(),
         "pruned_here": True,
@@ -118,7 +175,22 @@ def main(argv: list[str]) -> int:
             *evaluation.notes(random=args.random_control and once is not None),
         ],
     }
-    return evaluation.run(targets, subjects_of, results, args.limits())
+    failed = evaluation.run(targets, subjects_of, results, args.limits())
+    on_main(partial(summarize, lines_of(results), out, args.metrics()))
+    return failed
+
+
+def summarize(lines: list[dict[str, Any]], out: Path, metrics: dict[str, str]) -> None:
+    """Writes the lines, their table and their picture, and shows the table."""
+    text = summary(lines, metrics)
+    out.mkdir(parents=True, exist_ok=True)
+    with whole(out / LINES_FILE) as unfinished:
+        write_lines(lines, unfinished)
+    with whole(out / SUMMARY_FILE) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    if lines:
+        plot_summary(lines, out / SUMMARY_FIGURE, metrics)
+    Console().print(Markdown(text))
 
 
 def how(args: TransferArguments, source: Source) -> str:
@@ -137,12 +209,23 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, TransferArguments, FineT
     Raises:
         InvalidArgumentError: an argument outside its range, or a source that is missing or no use.
     """
+
+    def defaults(named: argparse.Namespace) -> dict[str, Any]:
+        if named.summarize:
+            return {"output_dir": "outputs/transfer-summary"}
+        return dict(Protocol.read(named.protocol).arguments) if named.protocol in PROTOCOLS else {}
+
     model_args, args, training = parse_downstream(
         argv,
         TransferArguments,
         USAGE,
         "outputs/transfer-{model}",
+        defaults=defaults,
     )
+    if args.summarize:
+        return model_args, args, training
+    if bool(args.protocol) != bool(args.protocol_dir):
+        raise px.InvalidArgumentError("--protocol and --protocol_dir, where its tasks lie, go together.")
     if model_args.model_name_or_path == EXAMPLE_MODEL:
         one_thread()
         if args.unlabelled_dir is None:

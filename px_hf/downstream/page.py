@@ -79,7 +79,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         record = results["tasks"][task]
         counts = ", ".join(f"{split} {record['examples'][split]:,}" for split in ("train", "validation", "test"))
         lines += ["", f"### {task}", "", f"{record['classes']} classes; images: {counts}.", ""]
-        lines += _table(["", *(METHODS[m] for m in methods)], [[name, *cells] for name, cells in rows])
+        lines += table(["", *(METHODS[m] for m in methods)], [[name, *cells] for name, cells in rows])
     failed = {task: record["error"] for task, record in sorted(results["tasks"].items()) if record["error"]}
     if failed:
         lines += ["", "### Failed", "", *(f"- **{task}**: {_escape(error)}" for task, error in failed.items())]
@@ -146,7 +146,7 @@ def _other_metrics(results: Mapping[str, Any]) -> list[str]:
                 if scores:
                     cells = [_score(scores[name]) if name in scores else "-" for name in names]
                     rows.append([task, subject, METHODS[method], *cells])
-    return _table(["task", "model", "method", *(METRICS[name] for name in names)], rows, left=3)
+    return table(["task", "model", "method", *(METRICS[name] for name in names)], rows, left=3)
 
 
 def _score(score: Mapping[str, Any]) -> str:
@@ -154,8 +154,8 @@ def _score(score: Mapping[str, Any]) -> str:
     return text + (f" [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" if "low" in score else "")
 
 
-def _table(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
-    """The first `left` columns are text, the others numbers."""
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """The lines of a table in Markdown. The first `left` columns are text, the others numbers."""
     align = ["---"] * left + ["---:"] * (len(head) - left)
     return ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in (head, align, *rows)]
 

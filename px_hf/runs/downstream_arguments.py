@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -33,9 +34,16 @@ Group = TypeVar("Group", bound=DownstreamArguments)
 
 
 def parse_downstream(
-    argv: Sequence[str], group: type[Group], usage: Usage, output_dir: str, pushes: bool = False
+    argv: Sequence[str],
+    group: type[Group],
+    usage: Usage,
+    output_dir: str,
+    pushes: bool = False,
+    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda named: {},
 ) -> tuple[ModelArguments, Group, FineTuneArguments]:
     """The three groups; nothing is saved, evaluated or logged while a model trains.
+
+    `defaults` tells other defaults, given what was named.
 
     Raises:
         InvalidArgumentError: see `parse_groups`.
@@ -46,7 +54,9 @@ def parse_downstream(
         (ModelArguments, group, FineTuneArguments),
         usage,
         lambda named: (
-            {"output_dir": output_dir} | (example if embedded(named.model_name_or_path) == EXAMPLE_MODEL else {})
+            {"output_dir": output_dir}
+            | (example if embedded(named.model_name_or_path) == EXAMPLE_MODEL else {})
+            | dict(defaults(named))
         ),
         pushes,
     )

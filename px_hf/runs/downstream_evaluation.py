@@ -31,6 +31,7 @@ from .classifier_trainer import logits_of, make_trainer
 from .console import Phases
 from .downstream_tasks import DownstreamTask
 from .folder import write_json
+from .protocols import SGD, Protocol
 from .subjects import Subject
 
 
@@ -44,6 +45,7 @@ class DownstreamEvaluation:
     out: Path
     phases: Phases
     cache_dir: str | None = None
+    protocol: Protocol | None = None
 
     def run(
         self,
@@ -80,6 +82,9 @@ class DownstreamEvaluation:
                     record["error"] = f"{type(error).__name__}: {named}{error}"
                     self.phases.say(f"Failed. {record['error']}")
                 results["tasks"][task.name] = record
+        if self.protocol is not None:
+            done = {name: each for name, each in results["tasks"].items() if not each["error"]}
+            results["notes"] += self.protocol.notes({name: each["classes"] for name, each in done.items()})
         if processes().is_main:
             write_json(self.out / RESULTS_FILE, results)
             plot_downstream(results, self.out / FIGURE_FILE)
@@ -111,6 +116,17 @@ class DownstreamEvaluation:
             *["Random: the dense model under a mask with the same density in each layer, drawn at random."] * random,
         ]
 
+    @property
+    def _sgd(self) -> SGD | None:
+        return None if self.protocol is None else self.protocol.sgd
+
+    def _training(self, task: DownstreamTask) -> FineTuneArguments:
+        """With the learning rate of the task."""
+        training = copy.copy(self.training)
+        if self.protocol is not None:
+            training.learning_rate = self.protocol.learning_rate(task.name, training.learning_rate)
+        return training
+
     def _file(self, task: DownstreamTask) -> Path:
         return self.out / "tasks" / f"{task.name}.json"
 
@@ -121,7 +137,7 @@ class DownstreamEvaluation:
             "subjects": {subject.name: subject.describe() for subject in subjects},
             "num_train_epochs": training.num_train_epochs,
             "max_steps": training.max_steps,
-            "learning_rate": training.learning_rate,
+            "learning_rate": self._training(task).learning_rate,
             "batch_size": training.train_batch_size * training.gradient_accumulation_steps * processes().world_size,
             "seed": training.seed,
             "versions": {"px_hf": px.__version__, "torch": torch.__version__},
@@ -160,7 +176,7 @@ class DownstreamEvaluation:
                     done[method] = on_main(partial(probe, method, examples, len(data.labels), self.training.seed))
                     self._save(task, record)
                 if "finetune" in self.methods and "finetune" not in done:
-                    done["finetune"] = finetune(subject, task, data, self.training, self.pixels)
+                    done["finetune"] = finetune(subject, task, data, self._training(task), self.pixels, self._sgd)
                     self._save(task, record)
             except px.PxError as error:
                 raise type(error)(f"Task {task.name!r}, {subject.name}: {error}") from error
@@ -225,13 +241,18 @@ def probe(method: str, examples: dict[str, Examples], classes: int, seed: int) -
 
 
 def finetune(
-    subject: Subject, task: DownstreamTask, data: ClassificationTask, training: FineTuneArguments, pixels: Preprocess
+    subject: Subject,
+    task: DownstreamTask,
+    data: ClassificationTask,
+    training: FineTuneArguments,
+    pixels: Preprocess,
+    sgd: SGD | None = None,
 ) -> dict[str, Any]:
     """Trained on train with the masks kept, scored on test: every test image once, however many processes."""
     start = time.perf_counter()
     model = subject.load(data.labels, training)
     zeros = subject.zeros(model)
-    trainer = train(model, zeros, task, data, training, pixels)
+    trainer = train(model, zeros, task, data, training, pixels, sgd)
     assert data.test is not None
     output = trainer.predict(data.test.with_pixels(pixels))
     if zeros is not None and (revived := zeros.masks.revived(model)):
@@ -254,11 +275,12 @@ def train(
     data: ClassificationTask,
     training: FineTuneArguments,
     pixels: Preprocess,
+    sgd: SGD | None = None,
 ) -> Trainer:
     """The Trainer that has trained the model on the training split, its zeros kept or made."""
     augment = Augment(pixels, task.data.random_crop, task.data.horizontal_flip)
     splits = {"train": data.train.with_pixels(augment), "validation": data.validation.with_pixels(pixels)}
-    trainer = make_trainer(model, splits, copy.copy(training), callbacks=[] if zeros is None else [zeros])
+    trainer = make_trainer(model, splits, copy.copy(training), callbacks=[] if zeros is None else [zeros], sgd=sgd)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer

@@ -68,7 +68,8 @@ def learned(
             "--output_dir, or pass --overwrite_output_dir."
         )
     here = replace(dense.model, model_name_or_path=str(folder), model_revision="main")
-    return Subject(f"pruned while learning {source.name}", "pruned", here, px.Masks.from_pretrained(folder))
+    masks, made_by = px.Masks.from_pretrained(folder), repr(args.criterion_object())
+    return Subject(f"pruned while learning {source.name}", "pruned", here, masks, criterion=made_by)
 
 
 def _differing(folder: Path, provenance: dict[str, Any]) -> list[str]:

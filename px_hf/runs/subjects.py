@@ -33,7 +33,7 @@ class PruningInTraining:
 class Subject:
     """A backbone and its masks, or the pruning that makes them while it is fine-tuned.
 
-    `kind` is "dense", "pruned" or "random".
+    `kind` is "dense", "pruned" or "random"; `criterion` is what made the masks, or those that were shuffled.
     """
 
     name: str
@@ -41,10 +41,12 @@ class Subject:
     model: ModelArguments
     masks: px.Masks | None = None
     pruning: PruningInTraining | None = None
+    criterion: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """For the report: no folder of this machine."""
-        own = {"name": self.name, "kind": self.kind, "model": self.model.short_name()}
+        own: dict[str, Any] = {"name": self.name, "kind": self.kind, "model": self.model.short_name()}
+        own |= {"criterion": self.criterion} if self.criterion else {}
         if self.pruning is not None:
             return own | {"sparsity": self.pruning.args.sparsity} | self.pruning.args.describe()
         return own | {
@@ -85,7 +87,8 @@ class Subject:
         dense = next((subject for subject in subjects if subject.kind == "dense"), None)
         if self.kind != "pruned" or self.masks is None or dense is None:
             return None
-        return Subject(f"random {_percent(self.masks)}", "random", dense.model, shuffle(self.masks, seed))
+        shuffled = shuffle(self.masks, seed)
+        return Subject(f"random {_percent(self.masks)}", "random", dense.model, shuffled, criterion=self.criterion)
 
 
 def dense_and_pruned(model_args: ModelArguments, parent: str | None) -> tuple[list[Subject], list[str]]:
@@ -151,7 +154,8 @@ def prune(
     with _quiet_loading():
         model = load_model(dense.model, labels, training)
     masks = args.find_masks(model, batches, sparsity, progress=not training.disable_tqdm)
-    return Subject(name.format(_percent(masks)), "pruned", dense.model, masks)
+    made_by = repr(args.criterion_object())
+    return Subject(name.format(_percent(masks)), "pruned", dense.model, masks, criterion=made_by)
 
 
 def _percent(masks: px.Masks) -> str:
