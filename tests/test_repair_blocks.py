@@ -10,6 +10,7 @@ from networks import build
 from test_repair import calibration, some_masks
 
 import px_hf as px
+from px_hf.repair.views import views
 
 
 @pytest.mark.parametrize("name", ["hf vit", "timm vit"])
@@ -54,3 +55,67 @@ def test_no_such_blocks(name: str, blocks: list[str] | None, message: str) -> No
     masks = some_masks(model)
     with pytest.raises(px.InvalidArgumentError, match=message):
         px.reconstruct_(model, masks, calibration(name), method="blocks", blocks=blocks, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*have more inputs than samples")
+@pytest.mark.parametrize(("name", "augment"), [("hf vit", True), ("hf vit", False), ("cnn", False)])
+def test_the_network_comes_nearer_and_zeros_stay(name: str, augment: bool) -> None:
+    dense = build(name).eval()
+    with torch.no_grad():
+        for weight in dense.parameters():
+            if weight.dim() == 2:
+                weight.mul_(6)
+    masks = some_masks(dense)
+    layers, network = copy.deepcopy(dense), copy.deepcopy(dense)
+    batches = calibration(name, 40)
+    px.reconstruct_(layers, masks, batches, progress=False)
+    told = px.reconstruct_(
+        network, masks, batches, method="network", epochs=4, rate=3e-3, augment=augment, progress=False
+    )
+    (row,) = told.blocks
+    assert row.repaired
+    assert row.held_out_after < row.held_out_before
+    assert not masks.revived(network)
+    unmasked = {key for key, value in dense.named_parameters() if value.dim() > 1 and key not in masks}
+    after = dict(network.named_parameters())
+    assert all(torch.equal(after[key], dict(dense.named_parameters())[key]) for key in unmasked)
+    assert not any(p.grad is not None for p in network.parameters())
+
+    def distance(model: torch.nn.Module) -> float:
+        """The mean over blocks of ‖ĥ − h‖² / ‖h‖² on the images held out, another way."""
+        paths = [n for n, m in dense.named_modules() if type(m).__name__ == "ViTLayer"]
+        found, wanted = (
+            [_output(net, path, torch.cat(batches)[1::5]) for path in paths or [""]] for net in (model, dense)
+        )
+        gaps = [float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, wanted, strict=True)]
+        return (sum(gaps) / len(gaps)) ** 0.5
+
+    assert distance(layers) == pytest.approx(row.held_out_before, rel=0.1)
+    assert distance(network) == pytest.approx(row.held_out_after, rel=0.1)
+
+
+@torch.no_grad()
+def _output(model: torch.nn.Module, path: str, images: torch.Tensor) -> torch.Tensor:
+    """What a module of the model returns; of the model itself, the logits."""
+    outputs: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(images)
+    handle.remove()
+    return getattr(outputs[0], "logits", outputs[0])
+
+
+def test_views_are_crops_and_mirror_images_of_their_own_seed() -> None:
+    x = torch.linspace(0, 1, 32)
+    images = torch.stack((x.expand(32, 32), x[:, None].expand(32, 32)))[None].repeat(40, 1, 1, 1)  # places: x, y
+    found = views(images, 3)
+    assert torch.equal(found, views(images, 3))
+    assert not torch.equal(found, views(images, 4))
+    assert found.shape == images.shape
+    across, down = found[:, 0].diff(dim=2)[:, :, 8:24].mean((1, 2)), found[:, 1].diff(dim=1)[:, 8:24].mean((1, 2))
+    share = (across * down).abs() * 31**2
+    assert 0.36 < share.min() < 0.6 < 0.9 < share.max() < 1.05
+    assert 0.7 < (across / down).abs().min() < (across / down).abs().max() < 1.4
+    assert 8 < (across < 0).sum() < 32  # mirrored
+    assert (down > 0).all()
+    assert found.min() >= 0
+    assert found.max() <= 1

@@ -32,7 +32,7 @@ def statistics_(model: nn.Module, masks: Masks, batches: Batches, progress: bool
 
 
 def _reconstruct_(method: str, model: nn.Module, masks: Masks, batches: Batches, progress: bool = False) -> None:
-    """Least squares layer by layer, or whole blocks."""
+    """Least squares layer by layer, then, if asked for, whole blocks, or the network."""
     reconstruct_(model, masks, batches, method=method, progress=progress)
 
 
@@ -50,5 +50,6 @@ REPAIRS: Final[dict[str, Callable[[nn.Module, Masks, Batches, bool], None]]] = {
     "statistics": statistics_,
     "layers": partial(_reconstruct_, "layers"),
     "blocks": partial(_reconstruct_, "blocks"),
+    "network": partial(_reconstruct_, "network"),
 }
 """Each takes the dense model, applies the masks, and changes what stays; whether to show a progress bar comes last."""

@@ -36,12 +36,12 @@ class RepairReport:
     """What `px_hf.reconstruct_` returns: `str()` is a table, `to_dict()` is for JSON.
 
     Attributes:
-        method: "layers" or "blocks".
+        method: "layers", "blocks" or "network".
         images: how many it was fitted to.
         held_out: how many were kept apart to measure on.
         layers: in running order.
         skipped: weight -> why it was not repaired.
-        blocks: with method "blocks", the errors of whole blocks.
+        blocks: with method "blocks", the errors of whole blocks; with "network", those of its outputs, one row.
     """
 
     method: str

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,21 @@ from ..model.undisturbed import undisturbed
 from ..model.wrappers import named_parameters, unwrap
 from ..scoring.agreement import require_agreement
 from ..scoring.masking import masked
-from .blocks import Adam, blocks_of
+from .adam import Adam
+from .blocks import Block, blocks_of
 from .images import Images, read
 from .layers import LeastSquares
+from .network import Whole
 from .networks import Network
 from .outcome import LayerRepair, RepairReport
 from .probe import Record, probe, same_but_for_size
 from .route import Step, route
 from .states import States
 from .walk import Walk
+
+METHODS: Final = ("layers", "blocks", "network")
+RATES: Final = {"blocks": 1e-3, "network": 3e-4}
+"""Adam's largest step, if none is asked for."""
 
 
 def reconstruct_(
@@ -44,7 +51,8 @@ def reconstruct_(
     iterations: int = 50,
     blocks: Sequence[str] | None = None,
     epochs: int = 10,
-    rate: float = 1e-3,
+    rate: float | None = None,
+    augment: bool = True,
     progress: bool = True,
 ) -> RepairReport:
     """Make good what pruning broke, in place: the kept weights take over from the pruned ones, without training.
@@ -57,12 +65,14 @@ def reconstruct_(
 
     In running order each masked linear layer and convolution is fitted, by least squares, to the outputs that it has
     in the dense network, on the inputs that the layers before it, pruned and repaired, leave (`px_hf.repair.layers`).
-    With ``method="blocks"`` whole residual blocks are then matched too, by Adam (`px_hf.repair.blocks`).
+    With ``method="blocks"`` whole residual blocks are then matched too, by Adam (`px_hf.repair.blocks`); with
+    ``method="network"`` all of them at once (`px_hf.repair.network`), which needs gradients through the network.
 
     Masks are not changed, and pruned weights are exactly zero afterwards. Only weights that have masks and the biases
-    of their layers change; with blocks also the other biases, norms and scales inside the blocks. If it fails, the
-    model is as it was. One image in five is not fitted to: on these a layer, or block, must have become better, or it
-    stays. Images, and what flows between blocks, lie in temporary files, so that memory does not grow with the images.
+    of their layers change; with blocks also the other biases, norms and scales inside the blocks, with network all. If
+    it fails, the model is as it was. One image in five is not fitted to: on these a layer, or block, must have become
+    better, or it stays. Images, and what flows between blocks, lie in temporary files, so that memory does not grow
+    with the images.
 
     Under ``accelerate launch`` or ``torchrun`` call it on every process with the same model and the same batches, as
     `prune`: each process works on its share of them, and all end with the same weights, to the bit.
@@ -72,12 +82,14 @@ def reconstruct_(
         masks: of this model; any criterion and scope.
         batches: images as for `prune`; labels are not looked at. A few hundred images.
         dense: the model as it was before the masks were applied; None: ``model`` is that still.
-        method: "layers", or "blocks" for layers and then blocks.
+        method: "layers"; "blocks" for layers and then blocks; or "network" for layers and then the network as a whole.
         ridge: how firmly weights are held where they are, relative to the mean square of their input, ≥ 0.
         iterations: the most of conjugate gradients for a layer.
-        blocks: with method "blocks", names of the modules to match; None: repeated modules of a list or sequence.
-        epochs: with method "blocks", how often Adam sees each image.
-        rate: with method "blocks", Adam's largest step.
+        blocks: names of the modules that method "blocks" or "network" matches; None: repeated modules of a list or
+            sequence.
+        epochs: with method "blocks" or "network", how often Adam sees each image.
+        rate: Adam's largest step; None: 1e-3 for blocks, 3e-4 for the network.
+        augment: with method "network", fit to a random crop or its mirror image, another one in each epoch.
         progress: show a bar over the layers, on the main process.
 
     Returns:
@@ -93,6 +105,7 @@ def reconstruct_(
     """
     model = unwrap(model)
     parameters = masks.match(model)
+    rate = RATES.get(method, 1.0) if rate is None else rate
     _check(method, ridge, iterations, epochs, rate)
     _check_parent(model, masks, dense)
     parent = model if dense is None else unwrap(dense)
@@ -116,8 +129,13 @@ def reconstruct_(
         skipped = _skipped(record, masks, parameters)
         _with_biases(sparse, record)
         steps = route(record, _blocks(record, blocks) if method == "blocks" else None)
-        adam = Adam(epochs, rate) if method == "blocks" else None
-        found, whole = _walk(walk, steps, LeastSquares(ridge, iterations), adam, masks, progress)
+        adam = Adam(epochs, rate)
+        found, whole = _walk(
+            walk, steps, LeastSquares(ridge, iterations), adam if method == "blocks" else None, masks, progress
+        )
+        if method == "network":
+            paths = blocks_of(record) if blocks is None else _blocks(record, blocks)
+            whole.append(adam.repair_(walk, Whole(walk, paths, augment), masks.tensors))
         _warn_of_few_rows(found)
         written = dict(sparse.tensors)
     own = named_parameters(model, remove_duplicate=False)
@@ -140,7 +158,7 @@ def _walk(
                 found += least_squares.repair_(walk, group, masks.tensors)
                 bar.update(len(group))
             if adam is not None and step.visit is not None:
-                whole.append(adam.repair_(walk, step.visit.path, masks.tensors))
+                whole.append(adam.repair_(walk, Block(walk, step.visit.path), masks.tensors))
             if k + 1 < len(steps) and steps[k + 1].follows is not None:
                 walk.leave()
     return found, whole
@@ -217,8 +235,8 @@ def _warn_of_few_rows(found: list[LayerRepair]) -> None:
 
 
 def _check(method: str, ridge: float, iterations: int, epochs: int, rate: float) -> None:
-    if method not in ("layers", "blocks"):
-        raise InvalidArgumentError(f"method={method!r}: expected 'layers' or 'blocks'.")
+    if method not in METHODS:
+        raise InvalidArgumentError(f"method={method!r}: expected {', '.join(map(repr, METHODS))}.")
     for name, number, least in (("ridge", ridge, 0.0), ("rate", rate, 1e-12)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number < math.inf:
             raise InvalidArgumentError(f"{name}={number!r}: expected a finite number {'≥' if least == 0 else '>'} 0.")
