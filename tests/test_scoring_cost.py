@@ -62,6 +62,56 @@ def test_parts_of_a_batch(paths: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(px.PX(paths=paths).score(model, [x]), whole)
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["dense head", "pruned head"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rounds_of_eq9_with_a_dense_head_need_the_images_once(
+    name: str, head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And find what all images in every round find."""
+    model = build(name)
+    x = inputs(name)
+    passes: list[int] = []
+    real = module._data_factors
+    monkeypatch.setattr(module, "_data_factors", lambda *given: (passes.append(1), real(*given))[1])
+    settings = {"sparsity": 0.8, "rounds": 3, "prune_head": head, "progress": False}
+    found = px.prune(model, [x[:4], x[4:]], px.PX(), **settings)
+    plain = name in ("mlp", "cnn")  # without a classifier that could be told from the rest
+    assert len(passes) == (3 if head or plain else 1)
+    passes.clear()
+    monkeypatch.setattr(module, "_classes_alike", lambda *_: False)
+    assert px.prune(model, [x[:4], x[4:]], px.PX(), **settings) == found
+    assert len(passes) == 3
+
+
+def test_classes_are_alike_where_the_last_weights_stay() -> None:
+    def alike(model: nn.Module, **settings: bool) -> bool | None:
+        criterion = px.PX().begin()
+        criterion.score(model.eval(), [images()], **settings)
+        return criterion._rounds.alike  # type: ignore[union-attr]
+
+    class Net(nn.Module):
+        def __init__(self, last: nn.Module) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.fc, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 3), last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.fc(self.body(x).relu().mean((2, 3))))
+
+    assert alike(Net(nn.Identity()))
+    assert not alike(Net(nn.Identity()), prune_head=True)
+    assert not alike(Net(nn.Linear(3, 3)))  # prunable, and behind what is not
+    assert not alike(Net(nn.ReLU()))  # a gate of each class
+    assert alike(Net(nn.Linear(3, 1)))  # one class
+
+
+def test_bad_images_are_found_in_the_first_round_of_eq9() -> None:
+    x = inputs("hf resnet")
+    x[-1] = float("nan")
+    with pytest.raises(px.NonFiniteError, match="batch 1 is not finite"):
+        px.prune(build("hf resnet"), [x[:4], x[4:]], px.PX(), sparsity=0.5, rounds=2, progress=False)
+
+
 @pytest.mark.parametrize("reading", [G, ACTIVE], ids=["G", "ACTIVE"])
 def test_batchnorm_in_the_product_before_it(reading, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded where the result is larger than the weight, and equal to what is not folded."""

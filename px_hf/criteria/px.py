@@ -33,6 +33,8 @@ long as the last layer is dense: whatever reaches it goes to every class. With t
 dense, the default of `px.prune`, Eq. 9 therefore ranks weights without regard to the data, as
 SynFlow-L2 with these op rules does. With ``prune_head=True`` they differ, from the second round on.
 Active paths use the data in any case. (docs/MATHEMATICS.md has the proof, tests/test_theorems.py the test.)
+So where `PX` sees that the last weights cannot be pruned, the rounds of one pruning after the first leave the
+images aside: one forward and backward pass of a single image each.
 
 Where this differs from the paper: what to do at ops other than convolution, ReLU and pooling is our
 own, see `px_hf.ops`; the weights behind attention patterns and other gates share the flow through
@@ -43,10 +45,11 @@ skipped by its name, and no absolute value is needed because every score is non-
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -85,6 +88,7 @@ class PX(Criterion):
     paths: Literal["all", "active"] = "all"
     power: float = 1.0
     balance: bool = False
+    _rounds: ClassVar[_Rounds | None] = None
 
     def __post_init__(self) -> None:
         if self.paths not in ("all", "active"):
@@ -93,6 +97,12 @@ class PX(Criterion):
             raise InvalidArgumentError(f"PX(power={self.power!r}): expected a finite number ≥ 0.")
         if not isinstance(self.balance, bool):
             raise InvalidArgumentError(f"PX(balance={self.balance!r}): expected True or False.")
+
+    def begin(self) -> PX:
+        """For the rounds of one pruning, which rank scores: a factor that all have in common is left out."""
+        fresh = copy.copy(self)
+        object.__setattr__(fresh, "_rounds", _Rounds())
+        return fresh
 
     def formula(self, given: Given) -> dict[str, Tensor]:
         """``θ² · (∂R/∂θ²)^power`` for each weight; the batches need no labels.
@@ -111,22 +121,54 @@ class PX(Criterion):
         network = given.paths()
         with evaluating(given.model):
             scores = PathScores(network, self.power)
-            exponent = (_all_paths if self.paths == "all" else _active_paths)(network, given.batches, scores.take)
+            if self.paths == "all":
+                exponent = _all_paths(network, given.batches, scores.take, self._rounds)
+            else:
+                exponent = _active_paths(network, given.batches, scores.take)
         network.warn_of_left_out()
         found = scores.result(exponent)
         return {name: shares(s.double()).to(s.dtype) for name, s in found.items()} if self.balance else found
 
 
-def _all_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None]) -> int:
-    """Hand ∂R/∂θ² of Eq. 9, divided by 2**exponent, to ``take``; returns the exponent."""
+@dataclass
+class _Rounds:
+    """What the rounds of one pruning by Eq. 9 know of the network."""
+
+    alike: bool | None = None
+    """Whether h_k is the same for every class, see `_classes_alike`; None before the first round."""
+
+
+def _all_paths(
+    network: PathNetwork, batches: Batches, take: Callable[[str, Tensor], None], rounds: _Rounds | None
+) -> int:
+    """Hand ∂R/∂θ² of Eq. 9, divided by 2**exponent, to ``take``; returns the exponent.
+
+    In ``rounds``, where only the order of scores counts, h_k = 1 if it is the same for every class: the first round
+    goes through the images all the same, for what is wrong with them is to be said, and the others do without.
+    """
+    probe = next(inputs_of(batches, network.model)).probe()
+    seen = None if rounds is not None and rounds.alike else _data_factors(network, batches)
+    if rounds is not None and rounds.alike is None:
+        rounds.alike = _classes_alike(network, probe)
+    _, kernel, met = network.path_sums(probe, probe.images.to(network.dtype), G, network.squared())
+    out = _per_class(kernel.data)
+    if seen is None or (rounds is not None and rounds.alike):
+        data, exponent = torch.ones_like(out), 0
+    else:
+        data, exponent = exact_sum(seen[0], out.numel(), seen[1], probe.images.device)
+    if not bool(torch.isfinite(data).all()):
+        raise NonFiniteError("the sum over paths h(x², 1, a) is not finite: check the images and the model for NaN.")
+    network.each_gradient(take, out, data, met, probe)
+    return exponent + int(kernel.exponent)
+
+
+def _data_factors(network: PathNetwork, batches: Batches) -> tuple[list[tuple[Tensor, int]], int]:
+    """Σ h_k of each batch of this process's, as (data [K], exponent), and the number of batches of all processes."""
     group = processes()
     weights = network.masks_only()
     terms: list[tuple[Tensor, int]] = []
-    probe: Inputs | None = None
     count = 0
     for count, inputs in enumerate(inputs_of(batches, network.model), start=1):
-        if probe is None:
-            probe = inputs.probe()
         if (count - 1) % group.world_size != group.rank:
             continue
         own = []
@@ -135,14 +177,20 @@ def _all_paths(network: PathNetwork, batches: Batches, take: Callable[[str, Tens
             require_finite(logits, count - 1)
             own.append((_per_class(paths.data.double()).cpu(), int(paths.exponent)))
         terms.append(add_up(own))
-    assert probe is not None
-    _, kernel, met = network.path_sums(probe, probe.images.to(network.dtype), G, network.squared())
-    out = _per_class(kernel.data)
-    data, exponent = exact_sum(terms, out.numel(), count, probe.images.device)
-    if not bool(torch.isfinite(data).all()):
-        raise NonFiniteError("the sum over paths h(x², 1, a) is not finite: check the images and the model for NaN.")
-    network.each_gradient(take, out, data, met, probe)
-    return exponent + int(kernel.exponent)
+    return terms, count
+
+
+def _classes_alike(network: PathNetwork, probe: Inputs) -> bool:
+    """Whether h_k is one number for every class, whatever the images and whatever weights are pruned.
+
+    It is where the last product is with weights that cannot be pruned: all ones in h, they make one sum, and every
+    class holds it in the same place of memory.
+    """
+    weights = network.masks_only()
+    for p in network.targets.values():  # some mask: no longer one number in memory, see `is_constant`
+        weights[p] = Weight(torch.ones(p.shape, dtype=torch.bool, device=p.device))
+    _, paths, _ = network.path_sums(probe, probe.images.to(network.dtype), H, weights)
+    return paths.data.shape[1] == 1 or paths.data.stride(1) == 0
 
 
 def _per_class(sums: Tensor) -> Tensor:

@@ -21,8 +21,6 @@ from random_models import MODELS
 from torch import Tensor, nn
 
 import px_hf as px
-from px_hf.criteria.px import NUMBERS_AT_A_TIME
-from px_hf.model.inputs import Inputs
 from px_hf.ops.tracer import zeroed
 from px_hf.scopes import Global
 from px_hf.scoring.given import Given
@@ -141,8 +139,9 @@ class _TimedGlobal(Global):
 def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rounds: int) -> dict[str, Any]:
     """Seconds of ``rounds`` rounds of Eq. 9 to 90 % sparsity, extrapolated from a pruning in ``measured`` rounds.
 
-    The first round, with dense masks, counts once. Masking, the product of weights and masks, is a part of scoring;
-    it is timed by itself. Overhead is all that `px.prune` does beside: checks, the bar, making `Masks`.
+    The first round, with dense masks and all images, counts once; the others do with one image. Masking, the product
+    of weights and masks, is a part of scoring; it is timed by itself. Overhead is all that `px.prune` does beside:
+    checks, the bar, making `Masks`.
     """
     device = images.device.type
     batches = list(images.split(batch_size))
@@ -151,14 +150,13 @@ def phases(model: nn.Module, images: Tensor, batch_size: int, measured: int, rou
         lambda: px.prune(model, batches, criterion, sparsity=0.9, rounds=measured, scope=scope, progress=False), device
     )
     masks = {name: mask.to(images.device) for name, mask in random_masks(model, 0.8).tensors.items()}
-    parts = sum(1 for batch in batches for _ in Inputs(batch).parts(NUMBERS_AT_A_TIME))
     parameters = dict(model.named_parameters())
 
     def mask_all() -> None:
         for name, kept in masks.items():
             zeroed(parameters[name].detach(), kept, kept.to(parameters[name].dtype))
 
-    masking = statistics.median(seconds(mask_all, device) for _ in range(3)) * parts * (rounds - 1)
+    masking = statistics.median(seconds(mask_all, device) for _ in range(3)) * (rounds - 1)
     first, *later = criterion.spent
     total = {
         "scoring": first + (rounds - 1) * statistics.mean(later) - masking,
