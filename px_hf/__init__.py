@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .hub.push import push_to_hub
     from .hub.push_difference import push_difference
     from .hub.saving import save_pretrained
+    from .int8 import round_to_int8_
     from .keep import keep_masks
     from .kernels import accelerate_24_, accelerate_blocks_, accelerate_csr_
     from .lora import mask_lora, merge_lora_
@@ -140,6 +141,7 @@ _LAZY = {
     "recalibrate_batchnorm_": "repair.batchnorm",
     "reconstruct_": "repair.reconstruct",
     "report": "report",
+    "round_to_int8_": "int8",
     "save_difference": "tickets.difference",
     "save_pretrained": "hub.saving",
     "select": "select",
@@ -220,6 +222,7 @@ __all__ = [
     "recalibrate_batchnorm_",
     "reconstruct_",
     "report",
+    "round_to_int8_",
     "save_difference",
     "save_pretrained",
     "select",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ def read(folder: Path) -> tuple[dict[str, Stored], dict[str, list[bool]]]:
         assert all("/" not in name and "\\" not in name and name.endswith(".safetensors") for name in names)
     stored: dict[str, Stored] = {}
     about: dict[str, dict[str, Any]] = {}
+    version = 0
     for name in names:
-        tensors, entries = read_safetensors((folder / name).read_bytes())
+        tensors, entries, version = read_safetensors((folder / name).read_bytes())
         assert not stored.keys() & tensors.keys()
         stored |= tensors
         about |= entries
@@ -35,32 +37,69 @@ def read(folder: Path) -> tuple[dict[str, Stored], dict[str, list[bool]]]:
     decoded, masks = {}, {}
     room = 2**26 + 1024 * sum((folder / name).stat().st_size for name in names)
     for name, (dtype, shape, content) in stored.items():
-        if name.endswith(":px_values"):
-            assert name.replace(":px_values", ":px_mask") in stored
-        elif not name.endswith(":px_mask"):
+        parameter, _, part = name.rpartition(":px_")
+        if part in ("mask", "scales"):
+            assert parameter + ":px_values" in stored
+        elif part != "values":
             check(about[name], {"crc32"}, dtype, shape, content)
             decoded[name] = (dtype, shape, content)
         else:
-            assert dtype == "U8"
-            assert len(shape) == 1
-            parameter = name.removesuffix(":px_mask")
             assert parameter not in stored
-            entry = about[name]
-            check(entry, {"crc32", "coding", "shape"}, entry["coding"], entry["shape"], content)
-            assert all(type(size) is int and 0 <= size < 2**48 for size in entry["shape"])
-            value_dtype, value_shape, values = stored[parameter + ":px_values"]
-            assert value_dtype in FLOATS
-            assert len(value_shape) == 1
-            check(about[parameter + ":px_values"], {"crc32"}, value_dtype, value_shape, values)
-            size = SIZES[value_dtype]
-            room -= math.prod(entry["shape"]) * size
+            assert len(shape) == 1
+            check(about[name], {"crc32"}, dtype, shape, content)
+            mask, full = None, None
+            if parameter + ":px_mask" in stored:
+                kind, length, packed = stored[parameter + ":px_mask"]
+                entry = about[parameter + ":px_mask"]
+                full = entry["shape"]
+                assert kind == "U8"
+                assert len(length) == 1
+                check(entry, {"crc32", "coding", "shape"}, entry["coding"], full, packed)
+            scales = None
+            if parameter + ":px_scales" in stored:
+                assert version > 1
+                assert dtype == "I8"
+                scales, rows = read_scales(about[parameter + ":px_scales"], *stored[parameter + ":px_scales"])
+                assert full in (None, rows)
+                full = rows
+            else:
+                assert full is not None
+                assert dtype in FLOATS
+            assert all(type(size) is int and 0 <= size < 2**48 for size in full)
+            size = SIZES[dtype] if scales is None else 4
+            room -= math.prod(full) * size
             assert room >= 0
-            mask = decode(entry["coding"], content, math.prod(entry["shape"]), value_shape[0])
-            assert sum(mask) == value_shape[0]
-            kept = (values[i : i + size] for i in range(0, len(values), size))
-            dense = b"".join(next(kept) if keep else bytes(size) for keep in mask)
-            decoded[parameter], masks[parameter] = (value_dtype, entry["shape"], dense), mask
+            if parameter + ":px_mask" in stored:
+                mask = decode(entry["coding"], packed, math.prod(full), shape[0])
+                masks[parameter] = mask
+            every = mask if mask is not None else [True] * math.prod(full)
+            assert sum(every) == shape[0]
+            kept = (content[i : i + SIZES[dtype]] for i in range(0, len(content), SIZES[dtype]))
+            dense = b"".join(
+                (next(kept) if scales is None else product(next(kept), scales[i // math.prod(full[1:])]))
+                if keep
+                else bytes(size)
+                for i, keep in enumerate(every)
+            )
+            decoded[parameter] = (dtype if scales is None else "F32", full, dense)
     return decoded, masks
+
+
+def read_scales(entry: dict[str, Any], dtype: str, shape: list[int], content: bytes) -> tuple[list[float], list[int]]:
+    check(entry, {"crc32", "shape"}, "F32", entry["shape"], content)
+    assert dtype == "F32"
+    assert len(entry["shape"]) >= 2
+    assert shape == entry["shape"][:1]
+    scales = [scale for (scale,) in struct.iter_unpack("<f", content)]
+    for scale, bits in zip(scales, struct.iter_unpack("<I", content), strict=True):
+        assert math.isfinite(scale)
+        assert bits[0] < 2**31  # no sign
+        assert bits[0] % 256 == 0
+    return scales, entry["shape"]
+
+
+def product(code: bytes, scale: float) -> bytes:
+    return struct.pack("<f", int.from_bytes(code, "little", signed=True) * scale)
 
 
 def decode(coding: str, content: bytes, count: int, kept: int) -> list[bool]:
@@ -95,12 +134,13 @@ def check(entry: dict[str, Any], keys: set[str], kind: str, shape: list[int], co
     assert entry["crc32"] == zlib.crc32((kind + "[" + ",".join(map(str, shape)) + "]").encode("ascii") + content)
 
 
-def read_safetensors(content: bytes) -> tuple[dict[str, Stored], dict[str, dict[str, Any]]]:
+def read_safetensors(content: bytes) -> tuple[dict[str, Stored], dict[str, dict[str, Any]], int]:
     length = int.from_bytes(content[:8], "little")
     assert 8 + length <= len(content)
     header = json.loads(content[8 : 8 + length], object_pairs_hook=unique)
     metadata = json.loads(header.pop("__metadata__")["px_sparse"], object_pairs_hook=unique)
-    assert metadata["version"] == 1
+    assert metadata["version"] in (1, 2)
+    assert type(metadata["version"]) is int
     assert metadata["tensors"].keys() == header.keys()
     tensors, end = {}, 0
     for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -110,7 +150,7 @@ def read_safetensors(content: bytes) -> tuple[dict[str, Stored], dict[str, dict[
         end = stop
         tensors[name] = (told["dtype"], told["shape"], content[8 + length + start : 8 + length + stop])
     assert 8 + length + end == len(content)
-    return tensors, metadata["tensors"]
+    return tensors, metadata["tensors"], metadata["version"]
 
 
 def samples(content: bytes) -> str:

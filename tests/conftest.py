@@ -13,6 +13,20 @@ from hub_server import HubServer, User
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tiny backbone in `backbone`, which has BatchNorm; runs write beside it."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    ResNetForImageClassification(config).save_pretrained(folder / "backbone")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
+    return folder
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A local Hub. This process uses it as alice, and keeps what it downloads in `tmp_path`."""

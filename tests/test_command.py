@@ -30,13 +30,14 @@ from px_hf.commands import (
     inspect_model,
     prune_finetune,
     prune_segment,
+    quick_help,
     run,
     transfer,
 )
 from px_hf.runs.arguments import DataArguments, FineTuneArguments, ModelArguments
 from px_hf.runs.downstream_arguments import parse_downstream
 from px_hf.runs.embedded_models import EMBEDDED, embedded
-from px_hf.runs.help import Usage, asked, help_text, topics_of
+from px_hf.runs.help import Usage, asked, help_text, options_of, topics_of
 from px_hf.runs.parsing import PRESETS
 from px_hf.runs.pruning_arguments import PruneArguments
 
@@ -76,11 +77,24 @@ def test_a_name_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"], ["inpsect"], ["inspect", "--help"], ["prune", "--num_processes", "x"]]
+    "words",
+    [
+        *(
+            [],
+            ["--help"],
+            ["--version"],
+            ["inpsect"],
+            ["prune", "--num_processes", "x"],
+            ["prune", "--help", "nothing"],
+        ),
+        *([name, "--help"] for name in cli.PROGRAMS),
+        *(["prune", "--sparsity", "0.5", "--help", topic] for topic in ("data", "pruning", "lora", "distillation")),
+    ],
+    ids=" ".join,
 )
 def test_what_needs_no_model_does_not_load_torch(words: list[str]) -> None:
     script = "import sys, px_hf.commands.cli as cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
-    script += "assert not {'torch', 'transformers', 'rich'} & sys.modules.keys()"
+    script += "assert not {'torch', 'transformers', 'rich', 'datasets', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", script, *words], check=True, timeout=60, capture_output=True)
 
 
@@ -194,6 +208,7 @@ def test_bad_numbers_of_processes(count: str) -> None:
 
 # ---------------------------------------- help
 
+TRAINERS_OWN = {each.name for each in fields(TrainingArguments)} - vars(FineTuneArguments)["__annotations__"].keys()
 PARSED = {
     "prune": (prune_finetune.parse, prune_finetune.USAGE),
     "evaluate": (evaluate_downstream.parse, evaluate_downstream.USAGE),
@@ -227,6 +242,25 @@ def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str], monke
         parse(["--help", "prunning"])
 
 
+def test_the_stored_help_is_what_the_programs_say() -> None:
+    """After an option was changed: python -m px_hf.commands.quick_help."""
+    stored, now = json.loads(quick_help.FILE.read_text(encoding="utf-8")), quick_help.described()
+    for said in (*stored.values(), *now.values()):
+        for option in said["options"]:
+            if option["name"] in TRAINERS_OWN:  # in the words of the transformers that is installed
+                option["text"] = option["default"] = ""
+    assert stored == json.loads(json.dumps(now))
+
+
+@pytest.mark.parametrize("words", [(), ("data",), ("pruning",), ("lora",)])
+def test_stored_pages_are_those_of_the_program(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prune_finetune.parse(["--help", *words])
+    assert quick_help.stored_page("prune", ["--help", *words]) == capsys.readouterr().out
+    assert quick_help.stored_page("prune", ["--sparsity", "0.5"]) is None
+    assert quick_help.stored_page("prune", ["--help", "training"]) is None
+
+
 def test_all_help_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         prune_finetune.parse(["--help", "all"])
@@ -238,9 +272,7 @@ def test_all_help_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_option_of_ours_has_a_topic() -> None:
     found = topics_of([ModelArguments, DataArguments, PruneArguments, FineTuneArguments])
-    redefined = vars(FineTuneArguments)["__annotations__"].keys()
-    trainers_own = {each.name for each in fields(TrainingArguments)} - redefined
-    assert not [name for name, topic in found.items() if topic is None and name not in trainers_own]
+    assert not [name for name, topic in found.items() if topic is None and name not in TRAINERS_OWN]
     assert {topic for topic in found.values() if topic} == {
         "model",
         "data",
@@ -262,7 +294,7 @@ def test_percent_signs_and_defaults_are_shown_as_meant() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--share", type=float, default=0.25, help="At 90 %% of it. And more.")
     parser.add_argument("--on", type=bool, default=True, help="On.")
-    text = help_text(Usage("x", "y", (), ("share", "on")), "", [], parser._actions, 80)
+    text = help_text(Usage("x", "y", (), ("share", "on")), "", options_of([], parser._actions), 80)
     assert "  --share X                   At 90 % of it. [0.25]\n" in text
     assert "  --on                        On. [on]\n" in text
 

@@ -245,7 +245,14 @@ def forge(
     metadata: Any = (),
 ) -> None:
     """A file whose checksums are right, whatever else is wrong. `metadata` replaces parts of the entry."""
-    names = {**NAMES, torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.complex64: "C64"}
+    names = {
+        **NAMES,
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.complex64: "C64",
+    }
     entries: dict[str, Any] = {}
     for stored, tensor in tensors.items():
         about = coded.get(stored, {})
@@ -329,7 +336,7 @@ def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"version": 2}, "of format version 2, and this px_hf knows 1: upgrade px_hf"),
+        ({"version": 3}, "of format version 3, and this px_hf knows 1 and 2: upgrade px_hf"),
         ({"version": True}, "of format version True"),
         ({"version": "1"}, "of format version 1"),
         ({"tensors": []}, "has no version and tensors"),

@@ -89,6 +89,7 @@ def test_without_a_dense_network_and_images(tmp_path: Path) -> None:
     write_report(tmp_path, results(macs=None), MASKS)
     text = (tmp_path / "report.html").read_text()
     assert ">dense<" not in text
+    assert f">{MASKS.kept:,} of {MASKS.total:,}<" in text
     assert "figure>" not in text
 
 

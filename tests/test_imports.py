@@ -19,7 +19,7 @@ FLOORS = [
     ["masks"],
     ["masked_steps"],
     ["scoring", "report", "controls", "data", "keep", "tune", "vote", "lora", "distillation", "export", "kernels"],
-    ["criteria", "structured", "evaluation", "repair"],
+    ["criteria", "structured", "evaluation", "repair", "int8"],
     ["scopes", "downstream"],
     ["select"],
     ["prune", "tickets"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_recipe import RECIPE, environment
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification
 
 import px_hf as px
 from px_hf.commands import prune_finetune
@@ -19,17 +19,6 @@ from px_hf.runs.lora_arguments import LoraArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 """peft asks transformers for it by its old name."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a tiny backbone, which has BatchNorm."""
-    folder = tmp_path_factory.mktemp("lora")
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
-    ResNetForImageClassification(config).save_pretrained(folder / "backbone")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
-    return folder
 
 
 def settings(folder: Path, out: str, *more: str) -> list[str]:
@@ -95,6 +84,28 @@ def test_a_checkpoint_holds_adapters_and_a_resumed_run_gives_the_same_model(
     with pytest.raises(px.InvalidArgumentError, match=r"lora: .* then, None now"):
         prune_finetune.main(without)
     assert not (folder / "other").exists()
+
+
+def test_two_processes_train_the_same_adapters_under_the_same_masks(finished: tuple[Path, str], folder: Path) -> None:
+    """The batches of both together are those of the one process, but BatchNorm sees those of its own."""
+    words = settings(folder, "two", "--per_device_train_batch_size", "16", "--save_strategy", "no")
+    command = [sys.executable, "-m", "px_hf", "prune", "--num_processes", "2", *words]
+    done = subprocess.run(
+        command, env=environment(folder, ACCELERATE_USE_CPU="true"), cwd=folder, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    masks = px.Masks.from_pretrained(folder / "two")
+    assert masks == px.Masks.from_pretrained(finished[0])
+    assert px.inspect(folder / "two").problems == ()
+    model, found = AutoModelForImageClassification.from_pretrained(folder / "two", output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not masks.revived(model)
+    before, alone, both = (load_file(folder / name / "model.safetensors") for name in ("backbone", "finished", "two"))
+    for name, mask in masks.items():
+        one, other = ((after[name] - before[name])[mask] for after in (alone, both))
+        assert float(torch.cosine_similarity(one, other, dim=0)) > 0.6, name
+        assert float(other.norm() / one.norm()) == pytest.approx(1, abs=0.3), name
 
 
 def test_a_sparse_model_is_adapted_with_its_masks(finished: tuple[Path, str], folder: Path) -> None:

@@ -28,7 +28,6 @@ from transformers import (
     ResNetForImageClassification,
     Trainer,
     TrainerCallback,
-    ViTImageProcessor,
     set_seed,
 )
 
@@ -48,17 +47,6 @@ PLAIN = [sys.executable, RECIPE]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", RECIPE]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", RECIPE]
 FINISHED = ["all_results.json", "config.json", "model.safetensors", "per_layer_sparsity.png", "sparse"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a tiny backbone in `backbone`; runs write beside it."""
-    folder = tmp_path_factory.mktemp("recipe")
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
-    ResNetForImageClassification(config).save_pretrained(folder / "backbone")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
-    return folder
 
 
 def settings(folder: Path, out: str, *more: str) -> list[str]:

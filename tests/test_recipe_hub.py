@@ -18,11 +18,8 @@ from hub_server import HubServer, User
 from safetensors.torch import load_file
 from test_recipe import PLAIN, TWO, results, run, run_here, settings
 from transformers import (
-    ResNetConfig,
-    ResNetForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    ViTImageProcessor,
 )
 
 import px_hf as px
@@ -40,13 +37,8 @@ def local_hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With two tiny backbones, one of transformers and one of timm; runs write beside them."""
-    folder = tmp_path_factory.mktemp("recipe_hub")
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
-    ResNetForImageClassification(config).save_pretrained(folder / "backbone")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
+def folder(folder: Path) -> Path:
+    """With another tiny backbone, of timm."""
     pretrained = {**timm.create_model("test_resnet").pretrained_cfg, "input_size": (3, 32, 32), "num_classes": 4}
     wrapped = TimmWrapperConfig(architecture="test_resnet", pretrained_cfg=pretrained, num_labels=4)
     TimmWrapperForImageClassification(wrapped).save_pretrained(folder / "timm")

@@ -31,7 +31,6 @@ from transformers import (
     DPTForSemanticSegmentation,
     MobileViTImageProcessor,
     ResNetConfig,
-    ResNetForImageClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
@@ -394,17 +393,6 @@ def test_scenes_have_every_class_and_never_change() -> None:
         assert np.array_equal(maps, np.stack([np.asarray(m) for m in again[name]["annotation"]]))
         seen |= {image.tobytes() for image in split["image"]}
     assert len(seen) == sum(len(split) for split in data.values())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a tiny backbone in `backbone`; runs write beside it."""
-    folder = tmp_path_factory.mktemp("segment")
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
-    ResNetForImageClassification(config).save_pretrained(folder / "backbone")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
-    return folder
 
 
 def settings(folder: Path, out: str, *more: str) -> list[str]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from ..errors import InvalidArgumentError
 from ..version import __version__
 from . import run
+from .quick_help import stored_page
 
 ERROR_IN_USE = 2
 """The exit code of argparse."""
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, program: Program, words: list[str]) -> int | None:
+    if (page := stored_page(name, words)) is not None:
+        print(page, end="")
+        return None
     if program.launched and "WORLD_SIZE" not in os.environ and not {"-h", "--help"} & {*words}:
         count, words = _processes(words)
         count = _devices() or 1 if count is None else count

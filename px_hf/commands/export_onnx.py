@@ -8,15 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from transformers.utils import logging
-
 import px_hf as px
 
-from ..export import require_libraries
 from ..runs.embedded_models import EMBEDDED, embedded
-from ..runs.saved_model import example, load
 
 DEMO = list(EMBEDDED.values())
 
@@ -38,6 +32,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace model.onnx where it is there")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     args = parser.parse_args(argv)
+
+    from rich.console import Console
+    from rich.table import Table
+    from transformers.utils import logging
+
+    from ..export import require_libraries
+    from ..runs.saved_model import example, load
+
     logging.disable_progress_bar()
     require_libraries()
     if args.model_name_or_path is DEMO:

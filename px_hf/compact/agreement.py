@@ -31,8 +31,9 @@ from torch import Tensor
 from ..errors import CheckpointError, listed
 from .dense import Span, content, dense_files, is_recorded, names_to_ask, pieces, sampled, spans
 from .files import Compact, find, find_compact
+from .header import shard_names
 from .layout import CONFIG_FILE, INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
-from .reader import CompactFile, shard_names
+from .reader import CompactFile
 
 Paths = dict[str, Path]
 

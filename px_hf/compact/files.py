@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError
+from .header import shard_names
 from .layout import INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
-from .reader import shard_names
 
 
 class Compact(NamedTuple):

@@ -42,7 +42,7 @@ def fill(model: nn.Module, file: CompactFile, source: str, *, stored_dtypes: boo
     for name, tensor in expected.items():
         first.setdefault(id(tensor), name)
     tied = {name: first[id(tensor)] for name, tensor in expected.items() if first[id(tensor)] != name}
-    coded = set(file.pruned)
+    coded = set(file.coded)
     pruned = [name for name in first.values() if names[name] in coded]
     pruned.sort(key=lambda name: -expected[name].numel())  # so that no thread is left with a large one at the end
     with Ahead(load, pruned) as ahead:

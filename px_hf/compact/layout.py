@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 VERSION: Final = 1
+VERSION_WITH_CODES: Final = 2
+"""Of files in which weights are codes of 8 bits; all others are of the first version."""
+
+VERSIONS: Final = (VERSION, VERSION_WITH_CODES)
 QUANT_METHOD: Final = "px_sparse"
 """`quant_method` in the config of a compact copy."""
 
@@ -21,7 +25,12 @@ DENSE: Final = "px_dense"
 
 MASK: Final = ":px_mask"
 VALUES: Final = ":px_values"
-"""Endings of the names under which a pruned parameter is stored."""
+SCALES: Final = ":px_scales"
+"""Endings of the names under which a pruned parameter is stored, or one whose values are codes of 8 bits."""
+
+CODES: Final = "I8"
+SCALE: Final = "F32"
+"""Dtypes of codes and of their scales, which is that of the weights."""
 
 VALUE_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES: Final = VALUE_DTYPES | {

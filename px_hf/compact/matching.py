@@ -34,10 +34,10 @@ def match(model: nn.Module, file: CompactFile, prefix: str = "") -> dict[str, st
             f"{min(missing)!r}: they would be random. Load the model class that was saved; for another head or task, "
             "load the dense copy in the folder above."
         )
-    pruned = set(file.pruned)
+    coded = set(file.coded)
     for name, stored in found.items():
         tensor = tensors[name]
-        if stored in pruned and not (tensor.is_floating_point() and file.shapes[stored] == list(tensor.shape)):
+        if stored in coded and not (tensor.is_floating_point() and file.shapes[stored] == list(tensor.shape)):
             raise CheckpointError(
                 f"{name!r} is {list(tensor.shape)} of {tensor.dtype} in {type(model).__name__} and "
                 f"{file.shapes[stored]} of floats in the compact copy: config and weights do not belong together."

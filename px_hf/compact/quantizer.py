@@ -21,7 +21,7 @@ from ..model.widths import restore_
 from .agreement import check, check_configs
 from .ahead import Ahead
 from .files import located
-from .layout import CONFIG_FILE, MASK, QUANT_METHOD, VALUES, VERSION
+from .layout import CONFIG_FILE, MASK, QUANT_METHOD, SCALES, VALUES, VERSION
 from .matching import match
 from .reader import CompactFile
 
@@ -65,13 +65,13 @@ class CompactQuantizer(HfQuantizer):
         names = match(model, file, model.base_model_prefix)
         _check_copies(model, file, checkpoint_files or [])
         file.verify_whole()  # what transformers reads by itself
-        self._pruned, self._expected = set(file.pruned), model.state_dict()
+        self._coded, self._expected = set(file.coded), model.state_dict()
         first: dict[str, str] = {}
         for name, stored in names.items():  # of tied parameters transformers asks for one
             first.setdefault(stored, name)
         self._ahead = Ahead(
             lambda name: file.tensor(names[name]).to(self._expected[name].dtype),
-            [name for stored, name in first.items() if stored in self._pruned],
+            [name for stored, name in first.items() if stored in self._coded],
         )
         self._failure: CheckpointError | None = None
 
@@ -96,8 +96,8 @@ class CompactQuantizer(HfQuantizer):
             def was_used(self) -> bool:  # else transformers would undo it when the model is saved
                 return False
 
-        leaves = sorted({name.rpartition(".")[2] for name in self._pruned})
-        return [OnlyForLoading([leaf + MASK, leaf + VALUES], leaf, [Decode(self)]) for leaf in leaves]
+        leaves = sorted({name.rpartition(".")[2] for name in self._coded})
+        return [OnlyForLoading([leaf + MASK, leaf + VALUES, leaf + SCALES], leaf, [Decode(self)]) for leaf in leaves]
 
     def decoded(self, name: str) -> Tensor:
         """A parameter of the model from the file, in the dtype of the model."""
@@ -111,7 +111,7 @@ class CompactQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         failure = self._failure
         self._ahead.close()
-        del self._pruned, self._expected, self._ahead, self._failure
+        del self._coded, self._expected, self._ahead, self._failure
         if failure is not None:
             raise failure
 

@@ -21,8 +21,8 @@ from ..compact import CompactFile
 from ..compact.agreement import broken_masks, check_configs, parted_from
 from ..compact.dense import dense_files, is_weights
 from ..compact.files import Compact, find, find_compact
+from ..compact.header import shard_names
 from ..compact.layout import CONFIG_FILE, INDEX_FILE, SPARSE_FOLDER, WEIGHTS_FILE
-from ..compact.reader import shard_names
 from ..errors import CheckpointError, listed
 from ..masks import Masks
 from ..masks_file import MASKS_FILE

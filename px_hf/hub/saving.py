@@ -35,7 +35,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from ..atomic import beside, remove
 from ..compact import write_compact
 from ..compact.dense import describe
-from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER, VERSION
+from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
@@ -137,7 +137,9 @@ def _save(
         sparse.mkdir(parents=True)
         state = _state(model, masks)
         save_dense(model, state, unfinished, max_shard_size)
-        write_compact(state, masks.tensors, sparse, max_shard_size=max_shard_size, dense=describe(unfinished))
+        version = write_compact(
+            state, masks.tensors, sparse, max_shard_size=max_shard_size, dense=describe(unfinished)
+        )
         if image_processor is not None:
             image_processor.save_pretrained(unfinished)
         config = json.loads((unfinished / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -146,13 +148,11 @@ def _save(
         if structure := _structure(model, config):
             entry["structure"] = structure
         _write_json(unfinished / CONFIG_NAME, config | {"px": entry})
-        _write_json(sparse / CONFIG_NAME, config | {"px": entry, "quantization_config": _QUANTIZATION})
+        quantization = {"quant_method": QUANT_METHOD, "version": version, "dequantize": True}
+        _write_json(sparse / CONFIG_NAME, config | {"px": entry, "quantization_config": quantization})
         for code in unfinished.glob("*.py"):  # of a model that is not one of transformers' own
             shutil.copy(code, sparse)
         _move(unfinished, folder, overwrite)
-
-
-_QUANTIZATION = {"quant_method": QUANT_METHOD, "version": VERSION, "dequantize": True}
 
 
 def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:

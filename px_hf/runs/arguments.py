@@ -234,6 +234,7 @@ class FineTuneArguments(TrainingArguments):
         return self.max_steps > 0 or self.num_train_epochs > 0
 
     def name_output(self, **names: str) -> None:
-        """Put `names` where `output_dir` has them in braces."""
+        """Put `names` where `output_dir` has them in braces; by default trackers call the run as that folder."""
         for name, value in names.items():
             self.output_dir = self.output_dir.replace(f"{{{name}}}", value)
+        self.run_name = self.run_name or Path(self.output_dir).name  # trackers take what follows for the same run

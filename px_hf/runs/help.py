@@ -7,14 +7,18 @@ is shown by `--help all`.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import px_hf as px
 
 ALL = "all"
+JSON = "json"
+"""As a topic: everything that help knows of a command, for programs."""
+
 _COLUMN = 30
 """Where the texts begin."""
 
@@ -34,6 +38,19 @@ class Usage:
         return f"{self.command} [--config file.yaml] [--name value ...]"
 
 
+@dataclass(frozen=True)
+class Option:
+    """What help knows of one option. `value`: what stands after the flag; `default`: as it is shown."""
+
+    name: str
+    flag: str
+    value: str
+    text: str
+    choices: tuple[str, ...]
+    default: str
+    topic: str | None
+
+
 def asked(argv: Sequence[str]) -> str | None:
     """The topic that `--help` asks for, "" if it names none; None if it is not asked for."""
     for place, word in enumerate(argv):
@@ -43,29 +60,40 @@ def asked(argv: Sequence[str]) -> str | None:
     return None
 
 
-def help_text(
-    usage: Usage, topic: str, groups: Sequence[type], actions: Sequence[argparse.Action], width: int | None = None
-) -> str:
-    """The page of a topic: "" for the most used options, "all" for all of them.
+def options_of(groups: Sequence[type], actions: Sequence[argparse.Action]) -> list[Option]:
+    """The options of a parser that was made of these groups, in its order."""
+    topics = topics_of(groups)
+    first = {action.dest: action for action in reversed(actions)}  # the second would be --no_random_crop
+    return [_option(first[name], topics.get(name)) for name in dict.fromkeys(action.dest for action in actions)]
+
+
+def help_text(usage: Usage, topic: str, options: Sequence[Option], width: int | None = None) -> str:
+    """The page of a topic: "" for the most used options, "all" for all of them, "json" for all that is known.
 
     Raises:
         InvalidArgumentError: there is no such topic.
     """
+    if topic == JSON:
+        return json.dumps({**asdict(usage), "options": [asdict(option) for option in options]}, indent=1) + "\n"
     width = width or max(60, min(shutil.get_terminal_size().columns, 110))
-    options = {action.dest: action for action in reversed(actions)}  # the first: the second would be --no_random_crop
-    found = topics_of(groups)
-    known = dict.fromkeys(name for name in found.values() if name)
+    known = dict.fromkeys(option.topic for option in options if option.topic)
     more = f"{usage.command} --help {' | '.join([*known, ALL])}"
     if topic == "":
         lines = [f"usage: {usage.line}", "", *textwrap.wrap(usage.summary, width), ""]
         lines += [f"  {example}" for example in usage.examples]
-        lines += ["", "Most used options:", *_shown(options, usage.common, width, brief=True), "", f"More: {more}"]
+        lines += [
+            "",
+            "Most used options:",
+            *_shown(_named(options, usage.common), width, brief=True),
+            "",
+            f"More: {more}",
+        ]
         return "\n".join(lines) + "\n"
     if topic != ALL and topic not in known:
         raise px.InvalidArgumentError(f"There is no help on {topic!r}. There is: {more}")
-    chosen = [name for name in dict.fromkeys(action.dest for action in actions) if topic in (ALL, found.get(name))]
+    chosen = [option for option in options if topic in (ALL, option.topic)]
     title = f"{usage.command}: all options" if topic == ALL else f"{usage.command}: options of {topic}"
-    return "\n".join([title, "", *_shown(options, chosen, width, whole=topic == ALL), "", f"More: {more}"]) + "\n"
+    return "\n".join([title, "", *_shown(chosen, width, whole=topic == ALL), "", f"More: {more}"]) + "\n"
 
 
 def topics_of(groups: Sequence[type]) -> dict[str, str | None]:
@@ -82,19 +110,16 @@ def topics_of(groups: Sequence[type]) -> dict[str, str | None]:
     return found
 
 
-def _shown(
-    options: Mapping[str, argparse.Action],
-    names: Sequence[str],
-    width: int,
-    *,
-    brief: bool = False,
-    whole: bool = False,
-) -> Iterator[str]:
-    for name in names:
-        action = options[name]
-        head = f"  {action.option_strings[0]}{_value(action)}"
-        text = _text(action, brief, whole)
-        wrapped = textwrap.wrap(text.replace("%%", "%"), width - _COLUMN, break_on_hyphens=False) or [""]
+def _named(options: Sequence[Option], names: Sequence[str]) -> list[Option]:
+    by_name = {option.name: option for option in options}
+    return [by_name[name] for name in names]
+
+
+def _shown(options: Sequence[Option], width: int, *, brief: bool = False, whole: bool = False) -> Iterator[str]:
+    for option in options:
+        head = f"  {option.flag}{option.value}"
+        text = _text(option, brief, whole)
+        wrapped = textwrap.wrap(text, width - _COLUMN, break_on_hyphens=False) or [""]
         if len(head) > _COLUMN - 2:
             yield head
         else:
@@ -116,14 +141,29 @@ def _value(action: argparse.Action) -> str:
     return f" {word} ..." if action.nargs in ("+", "*") else f" {word}"
 
 
-def _text(action: argparse.Action, brief: bool, whole: bool) -> str:
-    text = (action.help or "").strip()
+def _option(action: argparse.Action, topic: str | None) -> Option:
+    default = action.default
+    if default is None or default is False or default in ("", []):
+        words = ""
+    else:
+        words = (
+            ", ".join(map(str, default)) if isinstance(default, list) else "on" if default is True else str(default)
+        )
+    return Option(
+        action.dest,
+        action.option_strings[0],
+        _value(action),
+        (action.help or "").strip().replace("%%", "%"),
+        tuple(str(choice) for choice in action.choices or ()),
+        words,
+        topic,
+    )
+
+
+def _text(option: Option, brief: bool, whole: bool) -> str:
+    text = option.text
     if brief or (not whole and len(text) > 240):  # those of transformers are paragraphs
         text = _sentence(text)
-    if action.choices and not brief and len(list(action.choices)) <= 16:
-        text += f" One of {', '.join(str(choice) for choice in action.choices)}."
-    default = action.default
-    if default is None or default is False or default == "" or default == [] or "Default:" in text:
-        return text
-    words = ", ".join(map(str, default)) if isinstance(default, list) else "on" if default is True else str(default)
-    return f"{text} [{words}]"
+    if option.choices and not brief and len(option.choices) <= 16:
+        text += f" One of {', '.join(option.choices)}."
+    return text if not option.default or "Default:" in text else f"{text} [{option.default}]"

@@ -55,7 +55,7 @@ def write_report(out: Path, results: Mapping[str, Any], masks: px.Masks, tiles: 
         .render(
             title=f"{results['base_model']} on {results['dataset']}: {100 * masks.sparsity:.4g} % sparse",
             compared=compared,
-            rows=list(_rows(results)),
+            rows=list(_rows(results, compared)),
             tiles=[{"image": _address(_png(tile.image)), "truth": tile.truth, "said": tile.said} for tile in tiles],
             figures=figures,
             layers=list(_layers(masks)),
@@ -71,18 +71,22 @@ _SCORES = {"accuracy": "accuracy", "mean_iou": "mean IoU", "overall_accuracy": "
 _SPLITS = {"test": "test", "eval": "validation"}
 
 
-def _rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Label, dense, pruned."""
+def _rows(results: Mapping[str, Any], compared: bool) -> Iterator[tuple[str, str, str]]:
+    """Label, dense, pruned; the latter with "of" the dense number where that has no column of its own."""
+
+    def counted(label: str, dense: int, pruned: int) -> tuple[str, str, str]:
+        return label, f"{dense:,}", f"{pruned:,}" if compared else f"{pruned:,} of {dense:,}"
+
     for split, said in _SPLITS.items():
         for score, label in _SCORES.items():
             key = f"{split}_{score}"
             if isinstance(results.get(key), float):
                 dense = results.get(f"dense_{key}")
                 yield f"{label}, {said}", "" if dense is None else f"{dense:.2%}", f"{results[key]:.2%}"
-    yield "prunable weights", f"{results['weights']:,}", f"{results['weights_kept']:,}"
-    yield "parameters", f"{results['parameters']:,}", f"{results['parameters_kept']:,}"
+    yield counted("prunable weights", results["weights"], results["weights_kept"])
+    yield counted("parameters", results["parameters"], results["parameters_kept"])
     if results.get("macs"):
-        yield "MACs per image, effective", f"{results['macs']:,}", f"{results['effective_macs']:,}"
+        yield counted("MACs per image, effective", results["macs"], results["effective_macs"])
     for name, size in results["file_bytes"].items():
         yield name, "", f"{size / 1e6:.2f} MB"
 

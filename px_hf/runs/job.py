@@ -136,7 +136,7 @@ class Job(ABC):
     def train_dense(self) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The unpruned network after the same training, and its scores."""
         unsaved, network = copy.copy(self.training), self.network()
-        unsaved.save_strategy = SaveStrategy.NO
+        unsaved.save_strategy, unsaved.run_name = SaveStrategy.NO, f"{unsaved.run_name}-dense"
         trainer = self.trainer(self.adapted(network), unsaved, [])
         if self.training.trains:
             trainer.train()

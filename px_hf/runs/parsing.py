@@ -19,7 +19,7 @@ from transformers.hf_argparser import DataClassType
 
 import px_hf as px
 
-from .help import Usage, asked, help_text
+from .help import Usage, asked, help_text, options_of
 
 
 def parse_groups(
@@ -52,7 +52,7 @@ def parse_groups(
     defaults = example(parser.parse_known_args(given)[0])
     parser.set_defaults(**{name: value for name, value in defaults.items() if topic is None or name == "output_dir"})
     if topic is not None:
-        print(help_text(usage, topic, groups, parser._actions), end="")
+        print(help_text(usage, topic, options_of(groups, parser._actions)), end="")
         sys.exit()
     *found, unknown = parser.parse_args_into_dataclasses(given, True, look_for_args_file=False)
     if unknown:
