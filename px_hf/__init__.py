@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .repair.reconstruct import reconstruct_
     from .report import Report, report
     from .select import select
+    from .sharded_masks import ShardedMasks
     from .structured.shrink import shrink
     from .tickets.difference import apply_difference_, save_difference
     from .tickets.fisher import Fisher
@@ -114,6 +115,7 @@ _LAZY = {
     "RepairReport": "repair.outcome",
     "Report": "report",
     "SNIP": "criteria",
+    "ShardedMasks": "sharded_masks",
     "SynFlow": "criteria",
     "SynFlowL2": "criteria",
     "TuneOnly": "trainer.tune_only",
@@ -191,6 +193,7 @@ __all__ = [
     "Random",
     "RepairReport",
     "Report",
+    "ShardedMasks",
     "SynFlow",
     "SynFlowL2",
     "TargetError",

@@ -18,6 +18,7 @@ from ..masks import Masks
 from ..model.adapters import adapters_off
 from ..model.inputs import Batches, Inputs, call
 from ..model.modes import device_of, evaluating, full_precision
+from ..model.targets import require_whole
 from ..model.undisturbed import undisturbed
 from ..model.wrappers import named_parameters, unwrap
 from ..scoring.agreement import require_agreement
@@ -92,6 +93,7 @@ def reconstruct_(
         LaunchError: several processes that do not know of each other, or that were given different models.
     """
     model = unwrap(model)
+    require_whole(model)
     parameters = masks.match(model)
     _check(method, ridge, iterations, epochs, rate)
     _check_parent(model, masks, dense)
