@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from .repair.reconstruct import reconstruct_
     from .report import Report, report
     from .select import select
+    from .sharded_masks import ShardedMasks
     from .structured.shrink import shrink
     from .tickets.difference import apply_difference_, save_difference
     from .tickets.fisher import Fisher
@@ -115,6 +116,7 @@ _LAZY = {
     "RepairReport": "repair.outcome",
     "Report": "report",
     "SNIP": "criteria",
+    "ShardedMasks": "sharded_masks",
     "SynFlow": "criteria",
     "SynFlowL2": "criteria",
     "TuneOnly": "trainer.tune_only",
@@ -193,6 +195,7 @@ __all__ = [
     "Random",
     "RepairReport",
     "Report",
+    "ShardedMasks",
     "SynFlow",
     "SynFlowL2",
     "TargetError",

@@ -41,6 +41,7 @@ from .masked_steps import unwrapped_optimizer
 from .masks import Masks
 from .model.inputs import Batches, inputs_of
 from .model.outputs import Output
+from .model.targets import require_whole
 from .model.undisturbed import undisturbed
 from .model.wrappers import unwrap
 from .plan import ROUNDS, UNTIL, Plan
@@ -136,6 +137,7 @@ class GradualPruner:
         self._steps = 0
         self._at = plan.steps(total_steps)
         require_own(batches)
+        require_whole(model)
         with undisturbed(model, batches):
             self._rounds = Rounds(
                 model, batches, plan.criterion, sparsity=plan.sparsity, rounds=plan.rounds, scope=plan.scope,

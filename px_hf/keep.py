@@ -32,11 +32,12 @@ def keep_masks(optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks)
         ...
     ```
 
-    For any optimizer of torch's class, also inside Accelerate's wrapper; models inside
-    DistributedDataParallel, torch.compile or a PeftModel; gradient accumulation; autocast; GradScaler. Weights
-    that are frozen at the call are kept at zero too, and may be unfrozen later. What is loaded into the model is
-    masked at once, and the model may be moved, or converted to another dtype. Costs one in-place pass over the
-    masked weights per backward and one per step, and the memory of the masked weights once more.
+    For any optimizer of torch's class, also inside Accelerate's wrapper; models inside DistributedDataParallel,
+    torch.compile or a PeftModel; models that FSDP2 has sharded (`fully_shard`, Accelerate's plugin), of which each
+    process masks the rows that it holds; gradient accumulation; autocast; GradScaler. Weights that are frozen at the
+    call are kept at zero too, and may be unfrozen later. What is loaded into the model is masked at once, and it
+    may be moved, or converted to another dtype. Costs one in-place pass over the masked weights per backward and one
+    per step, and the memory of the masked weights once more.
 
     Raises:
         TargetError: the masks do not fit the model (see `Masks.match`), or the optimizer steps none of the masked
@@ -72,7 +73,7 @@ class MaskKeeper(MaskedSteps):
         for place in self._places:
             self._follow(place)
         for name, parameter in parameters.items():
-            self._kept_bits[parameter] = kept_bits(masks.tensors[name], parameter)
+            self._kept_bits[parameter] = kept_bits(masks.part(name, parameter), parameter)
             self._mask_gradient(parameter)
 
     @torch.no_grad()

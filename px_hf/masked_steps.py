@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import InvalidArgumentError, TargetError
 from .masks import Masks
+from .model.shards import is_sharded, local
 from .model.targets import require_whole
 from .model.wrappers import paths_of_tensors, unwrap
 
@@ -42,7 +43,7 @@ class MaskedSteps:
         self._require_steps(parameters.values(), "Was it made for another copy of the model?")
         self._places = _places(model, parameters)
         self._kept_bits: dict[Tensor, Tensor] = {
-            parameter: kept_bits(masks.tensors[name], parameter) for name, parameter in parameters.items()
+            parameter: kept_bits(masks.part(name, parameter), parameter) for name, parameter in parameters.items()
         }
         self._replaced = False
         self._gradient_hooks: dict[Tensor, RemovableHandle] = {}
@@ -107,8 +108,9 @@ class MaskedSteps:
         parameter, before = place.owner._parameters.get(place.attribute), place.parameter
         if parameter is before:
             return
-        require_whole(self._model)
-        if parameter is None or parameter.shape != before.shape:
+        if not is_sharded(before):
+            require_whole(self._model)
+        if parameter is None or parameter.shape != before.shape or is_sharded(parameter) != is_sharded(before):
             raise TargetError(
                 f"{place.name} is no longer the weight that was masked: it was replaced by "
                 f"{'none' if parameter is None else f'one of shape {list(parameter.shape)}'}. Remove the handle of "
@@ -138,6 +140,7 @@ class MaskedSteps:
 
         Some four times as fast on a CPU as `masked_fill_`.
         """
+        values = local(values)
         bits = self._bits_for(values, parameter)
         values.view(bits.dtype).bitwise_and_(bits)
 
@@ -153,9 +156,10 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def kept_bits(mask: Tensor, parameter: Tensor) -> Tensor:
-    """Integers of the width and layout of `parameter`: all bits set (-1) where kept, none where pruned."""
+    """Integers of the width and layout of what this process holds of `parameter`, which `mask` is about: all bits set
+    (-1) where kept, none where pruned."""
     integer = INTEGERS[parameter.dtype.itemsize]
-    return torch.empty_like(parameter, dtype=integer, requires_grad=False).copy_(mask).neg_()
+    return torch.empty_like(local(parameter.detach()), dtype=integer).copy_(mask).neg_()
 
 
 @dataclass

@@ -29,6 +29,7 @@ from .errors import CheckpointError, InvalidArgumentError, TargetError, listed
 from .masks_file import MASKS_FILE
 from .model.nesting import where_they_fit
 from .model.quantized import plain, require_plain
+from .model.shards import local, part_like, shards_of
 from .model.wrappers import named_parameters
 
 
@@ -100,6 +101,22 @@ class Masks(Mapping[str, Tensor]):
         """The masks themselves, without a copy. Never write to them: other holders of the masks would see it."""
         return MappingProxyType(self._tensors)
 
+    def whole(self) -> Masks:
+        """These masks with all that they say on this process: themselves, unless they are `ShardedMasks`."""
+        return self
+
+    def part(self, name: str, parameter: Tensor) -> Tensor:
+        """The mask of what this process holds of ``parameter``, its rows if that is sharded. Only to read."""
+        return part_like(self._tensors[name], parameter)
+
+    def _each(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole mask, one after the other, in the order of the names."""
+        for name in sorted(self._tensors):
+            yield name, self._tensors[name]
+
+    def _shape(self, name: str) -> torch.Size:
+        return self._tensors[name].shape
+
     @property
     def kept(self) -> int:
         """How many of the masked weights are kept."""
@@ -120,11 +137,14 @@ class Masks(Mapping[str, Tensor]):
         """The fraction of the masked weights that is pruned, in [0, 1]."""
         return (self.total - self.kept) / self.total
 
+    def densities(self) -> dict[str, float]:
+        """Name -> the fraction of that mask that is kept, of those that are not empty."""
+        return {name: int(mask.count_nonzero()) / mask.numel() for name, mask in self._tensors.items() if mask.numel()}
+
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of names, shapes and values: equal exactly for equal masks."""
         digest = hashlib.sha256()
-        for name in sorted(self._tensors):
-            mask = self._tensors[name]
+        for name, mask in self._each():
             digest.update(json.dumps([name, list(mask.shape)]).encode())
             digest.update(masks_file.pack(mask).tobytes())
         return digest.hexdigest()
@@ -133,7 +153,8 @@ class Masks(Mapping[str, Tensor]):
         """The parameters of `model` that the masks speak about, in the order of the masks.
 
         Wrappers by DataParallel, DistributedDataParallel, torch.compile and peft are looked through, and a
-        parameter with several names (tied weights) is found under each of them.
+        parameter with several names (tied weights) is found under each of them. Of a model that `fully_shard` has
+        sharded they are its DTensors.
 
         Raises:
             TargetError: a name is not a parameter of the model, a shape differs, a parameter holds no values (meta
@@ -151,13 +172,13 @@ class Masks(Mapping[str, Tensor]):
                 misfits.append(f"{name!r} is not a parameter of the model")
             elif parameter.is_meta or nn.parameter.is_lazy(parameter):
                 misfits.append(f"{name!r} holds no values yet (meta device or lazy module)")
-            elif parameter.shape != mask.shape:
-                misfits.append(f"{name!r} is {list(parameter.shape)} in the model and {list(mask.shape)} in the masks")
+            elif parameter.shape != (shape := self._shape(name)):
+                misfits.append(f"{name!r} is {list(parameter.shape)} in the model and {list(shape)} in the masks")
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
                 misfits.append(f"{name!r} and {tied[parameter]!r} are one parameter and have different masks")
         if misfits:
             require_plain(model, "Masks.match")
-            advice = where_they_fit(model, {name: mask.shape for name, mask in self._tensors.items()}) or (
+            advice = where_they_fit(model, {name: self._shape(name) for name in self}) or (
                 "Masks belong to the architecture that they were made for: use the model they came from, or prune "
                 "this one."
             )
@@ -171,27 +192,36 @@ class Masks(Mapping[str, Tensor]):
     def apply_(self, model: nn.Module) -> None:
         """Set the pruned weights of `model` to zero (+0.0, whatever they held), in place.
 
+        Of a sharded model call it on every process: each masks the rows that it holds.
+
         Raises:
             TargetError: the masks do not fit the model, see `match`, or it is quantized; then nothing was changed.
         """
         parameters = self.match(model)
         require_plain(model, "masks.apply_")
         for name, parameter in parameters.items():
-            parameter.masked_fill_(~self._tensors[name].to(parameter.device), 0)
+            local(parameter).masked_fill_(~self.part(name, parameter).to(parameter.device), 0)
 
     @torch.no_grad()
     def revived(self, model: nn.Module) -> dict[str, int]:
         """How many pruned weights of `model` are not zero, for the names where there are any; NaN is not zero.
 
-        Weights that torchao has quantized are compared as the numbers that they stand for.
+        Weights that torchao has quantized are compared as the numbers that they stand for. Of a sharded model call it
+        on every process: each counts its rows, and all get the sums.
 
         Raises:
             TargetError: the masks do not fit the model: see `match`.
         """
+        shards = shards_of(model)
         counts = {
-            name: int(plain(parameter).masked_fill(self._tensors[name].to(parameter.device), 0).count_nonzero())
+            name: int(
+                local(plain(parameter)).masked_fill(self.part(name, parameter).to(parameter.device), 0).count_nonzero()
+            )
             for name, parameter in self.match(model).items()
         }
+        if shards is not None:
+            total = shards.total(torch.tensor([counts[name] for name in sorted(counts)], dtype=torch.int64))
+            counts |= dict(zip(sorted(counts), total.tolist(), strict=True))
         return {name: count for name, count in counts.items() if count}
 
     def under(self, path: str) -> Masks:

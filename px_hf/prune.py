@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from .errors import InvalidArgumentError, TargetError, listed
 from .masks import Masks
 from .model.adapters import adapters_off, warn_of_trained_adapters
 from .model.inputs import Batches
-from .model.outputs import Output, check_output
+from .model.outputs import Output, check_output, has_no_classifier
 from .model.reached import reached
+from .model.shards import gathered, require_same_layout, shards_of
 from .model.targets import prunable
-from .model.wrappers import unwrap
+from .model.wrappers import named_parameters, unwrap
 from .scopes import Scope, as_scope, check_min_layer_density, check_sparsity
 from .scoring.agreement import require_agreement
+from .sharded_round import ShardedRound
 
 
 def prune(
@@ -49,7 +52,8 @@ def prune(
 
     Under ``accelerate launch`` or ``torchrun`` call it on every process with the same model and the
     same batches (not a DataLoader that Accelerate has already split): each process scores its share
-    of them, and all end with the masks that one process would find.
+    of them, and all end with the masks that one process would find. A model whose weights are sharded over the
+    processes (FSDP2) gets masks that are sharded alike, `ShardedMasks`: ``masks.whole()`` has all of them.
 
     Args:
         model: any module whose output is a tensor [N, K] or has ``.logits``, or a backbone without a classifier, see
@@ -93,9 +97,10 @@ def prune(
         min_layer_density=min_layer_density, output=output,
     )  # fmt: skip
     title = f"Pruning with {type(criterion).__name__}"
-    for _ in tqdm(range(pruning.count), desc=title, unit="round",
-                  disable=not (progress and processes().is_main)):  # fmt: skip
-        pruning.step()
+    with pruning.at_hand():
+        for _ in tqdm(range(pruning.count), desc=title, unit="round",
+                      disable=not (progress and processes().is_main)):  # fmt: skip
+            pruning.step()
     assert pruning.masks is not None
     return pruning.masks
 
@@ -136,11 +141,17 @@ class Rounds:
         found = check_settings(criterion, sparsity, rounds, scope, min_layer_density, output)
         self.model = unwrap(model)
         criterion.require_classes(self.model, output)
-        weights = prunable(self.model, prune_head)
-        _require_finite(weights)
+        shards = shards_of(self.model)
+        if shards is not None:
+            require_same_layout(self.model)
+        weights = prunable(self.model, prune_head, anywhere=shards is not None)
+        self._sharded = None if shards is None else ShardedRound(self.model, weights, shards, found)
+        if shards is None:
+            _require_finite(weights)
         warn_of_trained_adapters(self.model)
         with adapters_off(self.model):
-            self.targets = found.targets(self.model, reached(self.model, weights, batches, output, warn=True))
+            chosen = self._reached(weights, batches, output)
+            self.targets = found.targets(self.model, chosen)
             self.scope = found.begin(self.model, batches, self.targets, criterion)
         self.scope.check_budget(self.targets, sparsity, min_layer_density)
         self.batches, self.sparsity, self.prune_head = batches, sparsity, prune_head
@@ -149,31 +160,63 @@ class Rounds:
         self.done = 0
         self.masks: Masks | None = None
         if processes().world_size > 1:
-            require_agreement(self.model, batches if criterion.needs_data else None)
+            self._require_agreement(batches if criterion.needs_data else None)
         self.criterion = criterion.begin()
+
+    def _reached(
+        self, weights: Mapping[str, nn.Parameter], batches: Batches, output: Output
+    ) -> dict[str, nn.Parameter]:
+        """Those of the weights that the output depends on."""
+        if self._sharded is None or not has_no_classifier(self.model, output):
+            return reached(self.model, weights, batches, output, warn=True)
+        with gathered(self.model):
+            whole = named_parameters(self.model)
+            found = reached(self.model, {name: whole[name] for name in weights}, batches, output, warn=True)
+        return {name: weights[name] for name in found}
+
+    def _require_agreement(self, batches: Batches | None) -> None:
+        if self._sharded is None:
+            require_agreement(self.model, batches)
+        elif batches is not None:
+            with gathered(self.model):
+                require_agreement(self.model, batches)
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """For several steps in a row: a sharded model whose network is to run is gathered once for all of them."""
+        runs = self._sharded is not None and self._sharded.runs_network(self.criterion)
+        return gathered(self.model) if runs else nullcontext()
 
     def step(self) -> Masks:
         """Score the network as it is now, with the masks so far, and prune it to ``1 - (1 - sparsity)^(t/T)``."""
         t = self.done + 1
         final = t == self.count
+        sparsity = self.sparsity if final else 1 - (1 - self.sparsity) ** (t / self.count)
         named: dict[str, Any] = {} if self.output is None else {"output": self.output}  # a score() of a user's own
-        scores = self.criterion.score(
-            self.model,
-            self.batches,
-            masks=None if self.masks is None else self.masks.tensors,
-            prune_head=self.prune_head,
-            **named,
-        )
-        self.masks = self.scope.choose(
-            {name: score for name, score in scores.items() if name in self.targets},
-            self.sparsity if final else 1 - (1 - self.sparsity) ** (t / self.count),
-            within=self.masks,
-            min_layer_density=self.min_layer_density,
-            final=final,
-        )
+        if self._sharded is not None:
+            self.masks = self._sharded.masks(
+                self.criterion, self.batches, self.targets, sparsity, within=self.masks, prune_head=self.prune_head,
+                min_layer_density=self.min_layer_density, final=final, named=named,
+            )  # fmt: skip
+        else:
+            scores = self.criterion.score(
+                self.model,
+                self.batches,
+                masks=None if self.masks is None else self.masks.tensors,
+                prune_head=self.prune_head,
+                **named,
+            )
+            self.masks = self.scope.choose(
+                {name: score for name, score in scores.items() if name in self.targets},
+                sparsity,
+                within=self.masks,
+                min_layer_density=self.min_layer_density,
+                final=final,
+            )
         self.done = t
-        if final and processes().is_main:
-            _warn_of_empty_layers(self.masks.tensors, 1 - self.sparsity)
+        if final:
+            densities = self.masks.densities()
+            if processes().is_main:
+                _warn_of_empty_layers(densities, 1 - self.sparsity)
         return self.masks
 
 
@@ -213,8 +256,7 @@ _NEARLY_EMPTY = 0.01
 """A layer is named in a warning if its density is below this share of the density asked for."""
 
 
-def _warn_of_empty_layers(masks: Mapping[str, Tensor], density: float) -> None:
-    kept = {name: float(mask.double().mean()) for name, mask in masks.items() if mask.numel()}
+def _warn_of_empty_layers(kept: Mapping[str, float], density: float) -> None:
     poor = [name for name, share in kept.items() if share < _NEARLY_EMPTY * density]
     if poor:
         empty = sum(kept[name] == 0 for name in poor)

@@ -26,6 +26,7 @@ from .model.example import default_example
 from .model.inputs import Inputs, call, inputs_of
 from .model.modes import evaluating
 from .model.quantized import plain_weights
+from .model.shards import gathered, shards_of
 from .model.wrappers import unwrap
 
 
@@ -172,13 +173,17 @@ def report(model: nn.Module, masks: Masks, example: Any = None) -> Report:
     where it names none, MACs are left out.
 
     The masks need not be applied. The model is run once, in eval mode, and left as it was. Adapters of peft are
-    not counted.
+    not counted. Of a model that is sharded (FSDP2) all processes call it, and hold it whole meanwhile.
 
     Raises:
         TargetError: the masks do not fit the model.
         DataError: the example is no batch of images.
     """
     model = unwrap(model)
+    if shards_of(model) is not None:
+        masks = masks.whole()
+        with gathered(model):
+            return report(model, masks, example)
     parameters = masks.match(model)
     guessed = example is None
     if guessed:

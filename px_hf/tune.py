@@ -26,7 +26,7 @@ from .errors import InvalidArgumentError
 from .masked_steps import MaskedSteps
 from .masks import Masks
 from .model.adapters import require_merged
-from .model.targets import head_modules
+from .model.targets import head_modules, require_whole
 from .model.wrappers import named_parameters, unwrap
 
 TICKET_FILE = "ticket.safetensors"
@@ -80,6 +80,7 @@ class Tuner(MaskedSteps):
         self, optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks, also: Collection[str] = ("head",)
     ) -> None:
         require_merged(model, "px.tune_only")
+        require_whole(model)
         self._frozen = frozen_parameters(model, masks, also)
         super().__init__(optimizer, model, _some(masks))
         self._rest: dict[Tensor, Tensor] = {}

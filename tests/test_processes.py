@@ -39,15 +39,10 @@ if fail == "other weights" and dist.get_rank() == 1:
     torch.nn.init.normal_(next(model.parameters()))
 if fail == "channels last":
     model.to(memory_format=torch.channels_last)
-if fail in ("ddp", "fsdp"):
+if fail == "ddp":
     import accelerate
-    if fail == "ddp":
-        model = accelerate.Accelerator(cpu=True).prepare(model)
-        assert dist.is_initialized() == isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model = accelerate.Accelerator(cpu=True).prepare(model)
+    assert dist.is_initialized() == isinstance(model, torch.nn.parallel.DistributedDataParallel)
 if fail == "nan":  # which only the process that scores the last batch sees
     batches[-1][0] = float("nan")
 sent.clear()
@@ -145,13 +140,6 @@ def test_an_error_in_the_middle_of_scoring_ends_all(tmp_path: Path) -> None:
     done = launch(tmp_path, 2, "cnn", "px.PX()", "4", "nan")
     assert done.returncode != 0
     assert "NonFiniteError: the network's output for batch 1 is not finite" in done.stderr
-
-
-def test_a_sharded_model_is_to_be_pruned_before(tmp_path: Path) -> None:
-    done = launch(tmp_path, 2, "mlp", "px.PX()", "4", "fsdp")
-    assert done.returncode != 0
-    assert "TargetError: FSDPSequential cannot be pruned as it is: its weights are sharded" in done.stderr
-    assert "before accelerator.prepare, fully_shard" in done.stderr
 
 
 def test_exact_sum_does_not_depend_on_order_or_scale() -> None:

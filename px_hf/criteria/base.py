@@ -24,6 +24,8 @@ class Criterion:
         iterative: whether pruning changes the scores of what remains, so that rounds matter.
         needs_data: whether the batches are looked at.
         needs_labels: whether they must have labels.
+        by_layer: whether the scores of a weight depend on that weight, its name and its shape alone, so that the model
+            need not be held as a whole.
         unit_power: with a structured scope, a unit adds up the scores of its weights to that power; None if the
             scores say an order and no amounts, so that they cannot be added.
         scope: what the scores are meant to be compared within, see `px_hf.select`.
@@ -32,6 +34,7 @@ class Criterion:
     iterative: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
     unit_power: ClassVar[int | None] = 1
     scope: ClassVar[str] = "global"
 

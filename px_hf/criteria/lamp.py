@@ -27,6 +27,7 @@ class LAMP(Criterion):
 
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = True
 
     def formula(self, given: Given) -> dict[str, Tensor]:
         return {name: _lamp(weight) for name, weight in given.weights().items()}

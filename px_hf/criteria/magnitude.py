@@ -21,6 +21,7 @@ class Magnitude(Criterion):
     unit_power: ClassVar[int | None] = 2
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = True
 
     def formula(self, given: Given) -> dict[str, Tensor]:
         return {name: weight.abs() for name, weight in given.weights().items()}

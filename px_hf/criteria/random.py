@@ -42,6 +42,7 @@ class Random(Criterion):
     densities: Literal["equal", "erk"] = "equal"
     iterative: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.densities not in ("equal", "erk"):

@@ -45,12 +45,14 @@ from ..distributed import processes
 from ..downstream.attached import attach
 from ..errors import HubError, InvalidArgumentError
 from ..masks import Masks
+from ..model.shards import shards_of
 from ..model.wrappers import unwrap
 from ..plots import plot_layer_sparsity
 from ..report import Report, report
 from ..version import __version__
 from .card import CARD_FILE, PLOT_FILE, is_about_others, is_unedited, model_card
 from .saving import save_pretrained
+from .whole_copy import whole_copy
 
 _WEIGHTS = re.compile(
     r"(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|masks\.safetensors|sparse/.*)"
@@ -114,7 +116,8 @@ def push_to_hub(
     All files come in one commit: the repository shows the old state or the new one. Files of the repository that
     this does not write are left alone, but for weights of an earlier push under names that are no longer used.
     After a failure the same call takes up where it ended: what was uploaded is not sent again, and if the commit was
-    already made, nothing is. In several processes the main one pushes and the others return None.
+    already made, nothing is. In several processes the main one pushes and the others return None; of a sharded model
+    (FSDP2) all must call it.
 
     Returns the commit, or for a dry run the list of files.
 
@@ -126,8 +129,13 @@ def push_to_hub(
         PxError: whatever `save_pretrained` raises.
     """
     _check_repo_id(repo_id)
+    plain: nn.Module | None = model
+    if shards_of(unwrap(model)) is not None:
+        plain, masks = whole_copy(unwrap(model)), masks.whole()
     if not processes().is_main:
         return None
+    assert plain is not None
+    model = plain
     with tempfile.TemporaryDirectory(prefix="px_hf-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary, "model")
         with _room_for(temporary):

@@ -17,13 +17,12 @@ shapes differ.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -36,16 +35,19 @@ from ..atomic import beside, remove
 from ..compact import write_compact
 from ..compact.dense import describe
 from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER
+from ..distributed import on_main
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.adapters import require_merged
 from ..model.empty import build_empty
 from ..model.quantized import require_plain
+from ..model.shards import shards_of
 from ..model.widths import structure_of
 from ..model.wrappers import inner_name, named_parameters, unwrap
 from ..version import __version__, commit
 from . import timm_models
+from .whole_copy import rebuilt, require_known, whole_copy
 
 
 def save_pretrained(
@@ -62,7 +64,8 @@ def save_pretrained(
 
     `model`: a transformers model, TimmWrapper among them, or one that `timm.create_model` made, also inside
     DistributedDataParallel or torch.compile, with zeros where the masks prune. It is not changed. In several
-    processes, call this on the main one.
+    processes, call this on the main one; of a model whose weights are sharded over them (FSDP2) call it on all: tensor
+    by tensor is gathered on the main one, which writes.
     `image_processor`: what has transformers' `save_pretrained`.
     `provenance`: where the masks come from (criterion, rounds, base model, ...), anything that JSON can say. It
     becomes the entry "px" of `config.json`, together with sparsity, counts, the fingerprint of the masks and
@@ -79,10 +82,15 @@ def save_pretrained(
         InvalidArgumentError: the model is of neither library, or the provenance is not JSON.
         OutputExistsError: a file would be overwritten.
     """
-    _save(
-        model, masks, folder, _save_dense, image_processor=image_processor, provenance=provenance, overwrite=overwrite,
-        max_shard_size=max_shard_size,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "image_processor": image_processor, "provenance": provenance, "overwrite": overwrite,
+        "max_shard_size": max_shard_size,
+    }  # fmt: skip
+    if shards_of(unwrap(model)) is None:
+        _save(model, masks, folder, _save_dense, **settings)
+        return
+    plain, masks = whole_copy(unwrap(model)), masks.whole()
+    on_main(lambda: _save(cast(nn.Module, plain), masks, folder, _save_dense, **settings))
 
 
 def save_for_trainer(model: PreTrainedModel, masks: Masks, folder: str | os.PathLike[str]) -> None:
@@ -111,16 +119,7 @@ def _save(
     require_merged(model, "px.save_pretrained")
     model = unwrap(model)
     require_plain(model, "px.save_pretrained")
-    if not isinstance(model, PreTrainedModel) and not timm_models.is_timm_model(model):
-        if hasattr(model, "feature_info"):
-            raise InvalidArgumentError(
-                "timm does not load the file of a model that was made with features_only=True. Prune and save "
-                "timm.create_model(name, pretrained=True, num_classes=0), and load that with features_only=True."
-            )
-        raise InvalidArgumentError(
-            f"save_pretrained needs a model of transformers or timm, got {type(model).__name__}. Of another module "
-            "save the state_dict, and the masks with masks.save()."
-        )
+    require_known(model)
     if revived := masks.revived(model):
         raise TargetError(
             f"{sum(revived.values())} weights that the masks prune are not zero in the model, for example "
@@ -158,12 +157,8 @@ def _save(
 def _structure(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     """How the shapes of a model differ from those that its config makes: see `px_hf.model.widths`."""
 
-    def build() -> nn.Module:
-        stock = isinstance(model, PreTrainedModel)
-        return type(model)(copy.deepcopy(model.config)) if stock else timm_models.build(config)
-
     try:
-        return structure_of(model, build_empty(build, type(model).__name__))
+        return structure_of(model, build_empty(lambda: rebuilt(model, config), type(model).__name__))
     except CheckpointError:  # a model that cannot be built without weights is not one that px_hf.shrink made
         return {}
 

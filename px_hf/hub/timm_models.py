@@ -52,6 +52,12 @@ def save_config(model: nn.Module, folder: Path) -> None:
     shutil.rmtree(everything)
 
 
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """What `build` needs to make a timm model again, as far as the model itself knows it."""
+    cfg = {name: value for name, value in vars(model)["pretrained_cfg"].items() if value is not None}
+    return {"architecture": cfg["architecture"], "num_classes": model.num_classes, "pretrained_cfg": cfg}
+
+
 def complete(config: dict[str, Any], model: nn.Module) -> None:
     """Make the config of a timm model, or of TimmWrapper around one, such that both libraries load it.
 

@@ -83,7 +83,7 @@ def patch_embedding(model: nn.Module) -> set[nn.Module]:
 
 
 def require_whole(model: nn.Module) -> None:
-    """The model must hold its weights.
+    """The model must hold its weights: for what does not work with a share of them.
 
     Raises:
         TargetError: they are sharded over processes, or on the meta device.
@@ -92,9 +92,10 @@ def require_whole(model: nn.Module) -> None:
     if sharded or any(p.is_meta for p in model.parameters()):
         how = "its weights are sharded over the processes (FSDP)" if sharded else "it has weights on the meta device"
         raise TargetError(
-            f"{type(model).__name__} cannot be pruned as it is: {how}. Prune it, and apply the masks, before "
-            "accelerator.prepare, fully_shard or offloading: load it whole on one device, call px.prune and "
-            "masks.apply_(model) on every process, and wrap it then."
+            f"{type(model).__name__} does not hold its weights: {how}. Do this before accelerator.prepare, "
+            "fully_shard or offloading: load it whole on one device, on every process, and wrap it then. What works "
+            "with weights that FSDP2 has sharded: px.prune (but for structured scopes), masks.apply_, px.keep_masks, "
+            "px.KeepMasks, px.report, px.save_pretrained and px.push_to_hub (docs/SCALE.md)."
         )
 
 
@@ -139,20 +140,22 @@ def _is_sharded(model: nn.Module) -> bool:
     )
 
 
-def prunable(model: nn.Module, prune_head: bool = False) -> dict[str, nn.Parameter]:
+def prunable(model: nn.Module, prune_head: bool = False, *, anywhere: bool = False) -> dict[str, nn.Parameter]:
     """The prunable weights of ``model``, by the names that `px_hf.model.wrappers` gives them, in the model's
     order.
 
     Weights of convolutions and linear layers; biases, norms, embeddings (the patch embedding too) and
     class tokens never, nor what peft has added. The classifier head, which is freshly initialised in
-    transfer learning, is left out unless ``prune_head``.
+    transfer learning, is left out unless ``prune_head``. ``anywhere``: also weights that this process does not hold,
+    for who asks for names and shapes, or gathers them.
 
     Raises:
         TargetError: there is none, or the model does not hold its weights whole: they are sharded or offloaded, or
             quantized, or computed from other parameters (`torch.nn.utils.prune`, weight norm, parametrizations).
     """
     model = unwrap(model)
-    require_whole(model)
+    if not anywhere:
+        require_whole(model)
     require_plain(model, "Pruning")
     left_out: set[nn.Module] = set() if prune_head else head_modules(model)
     left_out |= patch_embedding(model) | added_modules(model)

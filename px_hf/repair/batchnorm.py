@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import NonFiniteError, listed
 from ..model.inputs import Batches, call
+from ..model.targets import require_whole
 from ..model.wrappers import unwrap
 from .moments import Moments
 from .passes import before, measuring, shares
@@ -46,6 +47,7 @@ def recalibrate_batchnorm_(model: nn.Module, batches: Batches) -> int:
         NonFiniteError: what a layer is given is not finite; then nothing was changed.
     """
     model = unwrap(model)
+    require_whole(model)
     norms = {
         name: module
         for name, module in model.named_modules()

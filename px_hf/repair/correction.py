@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, listed
 from ..masks import Masks
 from ..model.inputs import Batches, Inputs, call, run_with
+from ..model.targets import require_whole
 from ..model.wrappers import unwrap
 from ..scoring.masking import masked
 from .affine import Affine, affine_layers, parent_of
@@ -79,6 +80,7 @@ def correct_(
     """
     parent = parent_of(model, masks, dense, "px.correct_")
     model = unwrap(model)
+    require_whole(model)
     measured = _Measured(model, parent, masks, scale)
     with measuring(batches, model, parent):
         measured.run(batches)

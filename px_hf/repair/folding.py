@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..masks import Masks
 from ..model.inputs import Batches, Inputs, call
+from ..model.targets import require_whole
 from ..model.wrappers import unwrap
 from .affine import Affine, affine_layers, parent_of
 from .moments import ExactSum
@@ -124,6 +125,7 @@ def fold_removed_(
         raise InvalidArgumentError(f"ridge={ridge!r}: expected a number > 0, relative to the inputs' variance.")
     parent = parent_of(model, masks, dense, "px.fold_removed_")
     model = unwrap(model)
+    require_whole(model)
     seen = _Seen(model, parent, masks)
     with measuring(batches, model, parent):
         seen.run(batches)

@@ -19,6 +19,7 @@ from ..masks import Masks
 from ..model.adapters import adapters_off
 from ..model.inputs import Batches, Inputs, call
 from ..model.modes import device_of, evaluating, full_precision
+from ..model.targets import require_whole
 from ..model.undisturbed import undisturbed
 from ..model.wrappers import named_parameters, unwrap
 from ..scoring.agreement import require_agreement
@@ -104,6 +105,7 @@ def reconstruct_(
         LaunchError: several processes that do not know of each other, or that were given different models.
     """
     model = unwrap(model)
+    require_whole(model)
     parameters = masks.match(model)
     rate = RATES.get(method, 1.0) if rate is None else rate
     _check(method, ridge, iterations, epochs, rate)

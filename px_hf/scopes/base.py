@@ -15,7 +15,7 @@ from ..criteria import Criterion
 from ..errors import InvalidArgumentError
 from ..masks import Masks
 from ..model.inputs import Batches
-from .ranking import Tensors, check_scores, check_within
+from .ranking import HERE, Held, Tensors, check_scores, check_within
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Step:
         within: what may be kept, name -> bool tensor; empty = everything.
         min_layer_density: the fraction of each layer that is kept in any case.
         final: False on the way to a higher sparsity; such a step need not look as the last one must.
+        held: who holds the scores; with a scope that goes ``by_counts`` each process may hold some rows of them.
     """
 
     scores: Tensors
@@ -35,6 +36,7 @@ class Step:
     within: Tensors
     min_layer_density: float
     final: bool
+    held: Held = HERE
 
     @property
     def density(self) -> Fraction:
@@ -51,10 +53,12 @@ class Scope(ABC):
     Attributes:
         texts: how users write the scope, for error messages: ``("global",)``, ``("n:m, such as 2:4",)``.
         whole_units: whether whole units are pruned, which `px_hf.shrink` can take out.
+        by_counts: whether `keep` looks at counts over ``step.held`` alone, so that no process need hold all scores.
     """
 
     texts: ClassVar[tuple[str, ...]]
     whole_units: ClassVar[bool] = False
+    by_counts: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, text: str) -> Scope | None:

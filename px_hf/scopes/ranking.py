@@ -10,7 +10,7 @@ Time is linear in the number of weights; beside the masks the memory is that of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
 import torch
@@ -27,46 +27,74 @@ _DIGITS = 2**_DIGIT_BITS
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def count_to_keep(scores: Tensors, density: Fraction) -> int:
+class Held:
+    """Who holds the scores: this process, all of them. `px_hf.scopes.sharded` has those that are sharded."""
+
+    def numel(self, name: str, score: Tensor) -> int:
+        """How many scores the whole tensor has."""
+        return score.numel()
+
+    def total(self, counts: Tensor) -> Tensor:
+        """What all processes have counted, int64 on the CPU."""
+        return counts
+
+    def shares(self, counts: dict[str, int], number: int) -> dict[str, int]:
+        """How many of ``number`` this process takes of each tensor that has so many of them, the first ones first."""
+        shares = {}
+        for name, count in counts.items():
+            shares[name] = min(count, number)
+            number -= shares[name]
+        return shares
+
+
+HERE = Held()
+
+
+def count_to_keep(scores: Tensors, density: Fraction, held: Held = HERE) -> int:
     """How many weights to keep, at least one."""
-    total = sum(score.numel() for score in scores.values())
+    total = sum(held.numel(name, score) for name, score in scores.items())
     # Rounding the pruned count half to even, as documented, not the kept one.
     return max(1, total - round((1 - density) * total))
 
 
-def keep_top_of_each(scores: Tensors, density: Fraction, within: Tensors) -> dict[str, Tensor]:
+def keep_top_of_each(scores: Tensors, density: Fraction, within: Tensors, held: Held = HERE) -> dict[str, Tensor]:
     """Masks with the top scores of each tensor by itself, the fraction `density` of it."""
     masks: dict[str, Tensor] = {}
     for name, score in scores.items():
-        masks |= keep_top({name: score}, count_to_keep({name: score}, density), within)
+        masks |= keep_top({name: score}, count_to_keep({name: score}, density, held), within, held)
     return masks
 
 
-def keep_top(scores: Tensors, count: int, within: Tensors) -> dict[str, Tensor]:
+def keep_top(scores: Tensors, count: int, within: Tensors, held: Held = HERE) -> dict[str, Tensor]:
     """Masks with the `count` weights of all `scores` together that have the top scores."""
-    total = sum(score.numel() for score in scores.values())
+    total = sum(held.numel(name, score) for name, score in scores.items())
     if within:
-        count = min(count, sum(int(within[name].count_nonzero()) for name in scores))
+        count = min(count, kept(within, scores, held))
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
     if total == 0 or count == 0:
         return masks
 
     double = any(score.dtype == torch.float64 for score in scores.values())
-    border, ties_to_keep = _border(scores, within, count, double)
+    border, ties_to_keep = _border(scores, within, count, double, held)
+    ties = dict.fromkeys(scores, 0)
     for name, start, keys in _chunks(scores, within, double):
-        keep = keys > border
-        if ties_to_keep:
-            ties = keys == border
-            found = int(ties.count_nonzero())
-            if found > ties_to_keep:
-                ties &= ties.cumsum(0) <= ties_to_keep
-            ties_to_keep -= min(found, ties_to_keep)
-            keep |= ties
-        masks[name].view(-1)[start : start + keep.numel()] = keep.cpu()
+        masks[name].view(-1)[start : start + keys.numel()] = (keys > border).cpu()
+        ties[name] += int((keys == border).count_nonzero())
+    shares = {name: share for name, share in held.shares(ties, ties_to_keep).items() if share}
+    for name, start, keys in _chunks({name: scores[name] for name in shares}, within, double):
+        tied = keys == border
+        tied &= tied.cumsum(0) <= shares[name]
+        shares[name] -= int(tied.count_nonzero())
+        masks[name].view(-1)[start : start + keys.numel()] |= tied.cpu()
     return masks
 
 
-def _border(scores: Tensors, within: Tensors, count: int, double: bool) -> tuple[int, int]:
+def kept(masks: Tensors, names: Iterable[str], held: Held = HERE) -> int:
+    """How many weights masks of those names keep."""
+    return int(held.total(torch.tensor(sum(int(masks[name].count_nonzero()) for name in names))))
+
+
+def _border(scores: Tensors, within: Tensors, count: int, double: bool, held: Held) -> tuple[int, int]:
     """The key of the weight in place `count` from the top, and how many weights of that key to keep.
 
     `count` is at least 1 and at most the number of weights that may be kept.
@@ -81,6 +109,7 @@ def _border(scores: Tensors, within: Tensors, count: int, double: bool) -> tuple
                 keys = keys[keys >> (shift + _DIGIT_BITS) == border]
             digits = (keys >> shift).bitwise_and_(_DIGITS - 1)
             histogram += torch.bincount(digits, minlength=_DIGITS).cpu()
+        histogram = held.total(histogram)
         if first:
             # Only the keys -1, which must not be kept, have this first digit: other keys are >= 0.
             histogram[-1] = 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Scope, Step
-from .ranking import count_to_keep, keep_top, keep_top_of_each
+from .ranking import count_to_keep, keep_top, keep_top_of_each, kept
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,17 @@ class Global(Scope):
     """All weights compete with each other; ``min_layer_density`` keeps the best of each layer in any case."""
 
     texts: ClassVar[tuple[str, ...]] = ("global",)
+    by_counts: ClassVar[bool] = True
 
     def keep(self, step: Step) -> dict[str, Tensor]:
         scores, within = step.scores, step.within
-        count, floor = count_to_keep(scores, step.density), Fraction(repr(step.min_layer_density))
+        count, floor = count_to_keep(scores, step.density, step.held), Fraction(repr(step.min_layer_density))
         if not floor:
-            return keep_top(scores, count, within)
-        masks = keep_top_of_each(scores, floor, within)
-        count -= sum(int(mask.count_nonzero()) for mask in masks.values())
+            return keep_top(scores, count, within, step.held)
+        masks = keep_top_of_each(scores, floor, within, step.held)
+        count -= kept(masks, masks, step.held)
         rest = {name: ~mask & within[name] if within else ~mask for name, mask in masks.items()}
-        for name, mask in keep_top(scores, max(0, count), rest).items():
+        for name, mask in keep_top(scores, max(0, count), rest, step.held).items():
             masks[name] |= mask
         return masks
 
@@ -37,9 +38,10 @@ class Layer(Scope):
     """The weights of a layer compete: every layer has the same sparsity, to one weight."""
 
     texts: ClassVar[tuple[str, ...]] = ("layer",)
+    by_counts: ClassVar[bool] = True
 
     def keep(self, step: Step) -> dict[str, Tensor]:
-        return keep_top_of_each(step.scores, step.density, step.within)
+        return keep_top_of_each(step.scores, step.density, step.within, step.held)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..hub.saving import save_for_trainer
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
 from ..model.adapters import plain_paths
+from ..model.shards import is_sharded_model
 from ..model.wrappers import unwrap
 
 
@@ -29,7 +30,8 @@ def save_in_checkpoint(args: TrainingArguments, state: TrainerState, model: nn.M
     folder = checkpoint_folder(args, state)
     if not args.should_save or not folder.is_dir():  # a hyperparameter search writes elsewhere
         return None
-    save_by_module_names(model, folder)
+    if not is_sharded_model(model):
+        save_by_module_names(model, folder)
     masks.save(folder / MASKS_FILE)
     return folder
 
@@ -37,7 +39,8 @@ def save_in_checkpoint(args: TrainingArguments, state: TrainerState, model: nn.M
 def save_for_push(args: TrainingArguments, model: nn.Module, masks: Masks) -> None:
     """What Trainer pushes is its output folder: add what `save_pretrained` writes beside the dense weights."""
     model = unwrap(model)
-    if args.should_save and plain_paths(model) is not None:  # Trainer pushes adapters, without the weights
+    # Trainer pushes adapters, without the weights, or asks the main process alone for what all of them hold
+    if args.should_save and (plain_paths(model) is not None or is_sharded_model(model)):
         masks.save(Path(args.output_dir or ".", MASKS_FILE))
         return
     if not args.should_save or not isinstance(model, PreTrainedModel):

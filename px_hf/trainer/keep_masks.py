@@ -47,9 +47,9 @@ class KeepMasks(TrainerCallback):
     def __init__(self, masks: Masks) -> None:
         if not isinstance(masks, Masks):
             raise InvalidArgumentError(f"KeepMasks needs Masks, got {type(masks).__name__}.")
-        self.masks = masks
+        self.masks = masks.whole()  # each process masks its rows of a sharded model; the files need all
         self._keeper: MaskKeeper | None = None
-        self._logged = sparsity_logs(masks)
+        self._logged = sparsity_logs(self.masks)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

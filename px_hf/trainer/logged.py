@@ -11,7 +11,7 @@ from ..masks import Masks
 
 def sparsity_logs(masks: Masks) -> dict[str, float]:
     """Sparsity of all masked weights; the least, the median and the greatest density of a layer. All in [0, 1]."""
-    densities = [int(mask.count_nonzero()) / mask.numel() for mask in masks.tensors.values() if mask.numel()]
+    densities = masks.densities().values()
     return {
         "sparsity": masks.sparsity,
         "layer_density_min": min(densities),
