@@ -77,7 +77,7 @@ def test_stock_transformers_saves_and_loads_it(config: str, tmp_path: Path) -> N
     assert px.Masks.from_pretrained(tmp_path / "int8") == masks
     assert masks.revived(back) == {}
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "int8")]
-    assert sizes[1] < 0.6 * sizes[0]
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch moves this to torchao
