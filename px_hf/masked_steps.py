@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import InvalidArgumentError, TargetError
 from .masks import Masks
+from .model.quantized import require_plain
 from .model.shards import is_sharded, local
 from .model.targets import require_whole
 from .model.wrappers import paths_of_tensors, unwrap
@@ -38,6 +39,7 @@ class MaskedSteps:
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks) -> None:
         self._optimizer = unwrapped_optimizer(optimizer, self.call)
+        require_plain(model, f"px.{self.call}")
         self._model = model
         parameters = masks.match(model)
         self._require_steps(parameters.values(), "Was it made for another copy of the model?")

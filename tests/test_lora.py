@@ -55,6 +55,32 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(pixel_values=images(4)).logits
 
 
+def test_zeros_are_kept_inside_distributed_data_parallel(tmp_path: Path) -> None:
+    """As `px-hf prune --lora --num_processes`, which tests/test_lora_recipe.py runs on two."""
+    model = vit()
+    masks = some_masks(model)
+    masks.apply_(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        peft_model = with_lora(model).train()
+        with px.mask_lora(peft_model, masks):
+            parallel = nn.parallel.DistributedDataParallel(peft_model)
+            optimizer = torch.optim.AdamW([p for p in parallel.parameters() if p.requires_grad], lr=0.05)
+            for _ in range(3):
+                nn.functional.cross_entropy(parallel(pixel_values=images(4)).logits, BATCHES[0][1]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            before = logits(parallel)
+            merged = px.merge_lora_(parallel, masks)
+        del parallel
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not masks.revived(merged)
+    torch.testing.assert_close(logits(merged), before)
+    changed = merged.get_parameter("vit.layers.0.mlp.fc1.weight")
+    assert not torch.equal(changed, build("hf vit").get_parameter("vit.layers.0.mlp.fc1.weight") * (changed != 0))
+
+
 # ------------------------------------------------------------------------------------------------ names
 
 

@@ -86,6 +86,7 @@ def test_a_checkpoint_holds_adapters_and_a_resumed_run_gives_the_same_model(
     assert not (folder / "other").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_adapters_under_the_same_masks(finished: tuple[Path, str], folder: Path) -> None:
     """The batches of both together are those of the one process, but BatchNorm sees those of its own."""
     words = settings(folder, "two", "--per_device_train_batch_size", "16", "--save_strategy", "no")

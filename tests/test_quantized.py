@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import TorchAoConfig, ViTConfig, ViTForImageClassification
 
 import px_hf as px
 
@@ -59,6 +59,25 @@ def test_torchao_keeps_every_zero(config: str, tmp_path: Path) -> None:
         with pytest.raises(px.TargetError, match=r"needs plain weights.*quantize it last"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao, for this torch
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_stock_transformers_saves_and_loads_it(config: str, tmp_path: Path) -> None:
+    """The example of docs/SAVING.md."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, masks = pruned()
+    px.save_pretrained(model, masks, tmp_path / "plain")
+    settings = TorchAoConfig(getattr(quantization, config)(version=2))
+    quantized = ViTForImageClassification.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    quantized.save_pretrained(tmp_path / "int8")
+    masks.save(tmp_path / "int8/masks.safetensors")
+    back = ViTForImageClassification.from_pretrained(tmp_path / "int8")
+    assert torch.equal(back(X).logits, quantized(X).logits)
+    assert px.Masks.from_pretrained(tmp_path / "int8") == masks
+    assert masks.revived(back) == {}
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "int8")]
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch moves this to torchao

@@ -126,3 +126,18 @@ MASKS = [
 @pytest.mark.parametrize(("mask", "whole"), MASKS)
 def test_whole_units_are_told_from_single_weights(mask: torch.Tensor, whole: bool) -> None:
     assert removes_units(px.Masks({"weight": mask > 0})) is whole
+
+
+def test_a_model_is_rounded_before_it_is_evaluated_and_saved(backbone: Path) -> None:
+    told, entry, weights = prune(backbone, "int8", "--int8")
+    plain, _, before = prune(backbone, "fp32")
+    assert entry["int8"] is told["int8"] is True
+    assert "int8" not in plain
+    smaller, larger = (results["file_bytes"]["sparse/model.safetensors"] for results in (told, plain))
+    masks = px.Masks.from_pretrained(backbone.parent / "int8")
+    assert smaller < larger - 2 * masks.kept
+    model = px.from_pretrained(backbone.parent / "int8")
+    assert set(px.round_to_int8_(model).values()) == {0.0}
+    for name, mask in masks.items():
+        assert not weights[name][~mask].any()
+        assert 0 < float((weights[name] - before[name]).norm()) < 0.02 * float(before[name].norm()), name

@@ -76,6 +76,9 @@ def prune_and_fine_tune(job: Job) -> None:
         with run.phase("Fine-tune"):
             pruning.fine_tune(trainer, run.checkpoint)
     model, masks = pruning.model, pruning.masks
+    if args.int8:
+        px.round_to_int8_(model)
+        pruning.provenance = {**pruning.provenance, "int8": True}
     if is_main:
         with run.phase("Save"):
             run.save(job, model, masks, pruning.provenance)

@@ -99,8 +99,8 @@ def _layers(masks: px.Masks) -> Iterator[tuple[str, str, str, str]]:
 
 _SETTINGS = (
     *("criterion", "schedule", "rounds", "until", "scope", "sparsity_asked", "min_layer_density", "prune_head"),
-    *("control", "lora", "distilled_from", "masks_from", "base_model", "base_revision", "dataset", "dataset_id"),
-    *("calibration", "seed", "masks_sha256"),
+    *("control", "int8", "lora", "distilled_from", "masks_from", "base_model", "base_revision", "dataset"),
+    *("dataset_id", "calibration", "seed", "masks_sha256"),
 )
 
 

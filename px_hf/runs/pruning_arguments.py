@@ -225,6 +225,13 @@ class SparsityArguments(ScheduleArguments):
             "choices": [NONE, *REPAIRS],
         },
     )
+    int8: bool = field(
+        default=False,
+        metadata={
+            "help": "Round weights to INT8, multiples of a scale of each row, before the trained model is evaluated "
+            "and saved: its compact copy then takes a byte for each kept weight."
+        },
+    )
     compare_dense: bool = field(
         default=False,
         metadata={"help": "Train the unpruned network as well, with the same settings. On for the digits."},

@@ -7,7 +7,8 @@ random weights (sizes do not depend on their values) and are pruned by magnitude
 differ, and at random. Expected: sizes at most 1.7 % above the entropy bound. Times are of one machine: read
 the ratios.
 
-Sizes. "bound" is `n·H(sparsity) + kept·bits` for the prunable weights plus all else as it is; "zipped" is the dense
+Sizes. "bound" is `n·H(sparsity) + kept·bits` for the prunable weights plus all else as it is, with INT8 4 bytes more a
+row, and the head in INT8 too; "zipped" is the dense
 file as `zip` makes it (DEFLATE, level 6).
 
 Times are seconds from the call until the logits of one image are there, because safetensors maps a dense file into
@@ -25,12 +26,13 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import process_memory
 import random_models
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.utils import logging
 
@@ -40,6 +42,7 @@ from px_hf.atomic import whole
 MODELS = ("ResNet-50", "ViT-B/16")
 CRITERIA = {"magnitude": px.Magnitude(), "random": px.Random(seed=0)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # bfloat16 takes what float16 takes
+SIZES = {"fp32": torch.float32, "INT8": torch.float32, "fp16": torch.float16}  # INT8: px.round_to_int8_
 LOADERS = {
     "dense": lambda folder: AutoModelForImageClassification.from_pretrained(folder),
     "compact, px_hf": lambda folder: px.from_pretrained(folder),
@@ -93,13 +96,20 @@ def pruned(name: str, criterion: str, sparsity: float) -> tuple[nn.Module, px.Ma
 def size_rows(name: str, criterion: str, sparsity: float) -> list[str]:
     model, masks = pruned(name, criterion, sparsity)
     rows = []
-    for short, dtype in DTYPES.items():
+    for short, dtype in SIZES.items():
         model.to(dtype)
+        coded = px.round_to_int8_(model) if short == "INT8" else {}
+
+        def stored(name: str, tensor: Tensor, count: int, coded: Collection[str] = tuple(coded)) -> int:
+            return count + 4 * len(tensor) if name in coded else count * tensor.itemsize
+
         with tempfile.TemporaryDirectory() as folder:
             px.save_pretrained(model, masks, Path(folder, "out"))
             dense, compact = Path(folder, "out/model.safetensors"), Path(folder, "out/sparse/model.safetensors")
-            others = sum(tensor.nbytes for key, tensor in model.state_dict().items() if key not in masks)
-            bound = others + masks.total * entropy(masks.sparsity) / 8 + masks.kept * dtype.itemsize
+            state = model.state_dict()
+            others = sum(stored(key, tensor, tensor.numel()) for key, tensor in state.items() if key not in masks)
+            values = sum(stored(key, state[key], int(mask.sum())) for key, mask in masks.items())
+            bound = others + masks.total * entropy(masks.sparsity) / 8 + values
             size = compact.stat().st_size
             zipped = f"{zipped_bytes(dense) / 1e6:.2f} MB" if criterion == "magnitude" else ""
             rows.append(
