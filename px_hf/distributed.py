@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,6 +68,33 @@ def same_everywhere(digest: bytes, model: nn.Module) -> bool:
     return bool(torch.equal(highest, lowest))
 
 
+@contextmanager
+def in_contact(when: str) -> Iterator[None]:
+    """What torch says where another process has gone, as an error that says what happened ``when`` and what to do.
+
+    Raises:
+        LaunchError: a collective failed inside.
+    """
+    try:
+        yield
+    except PxError:
+        raise
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
+        if not lost or not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        raise LaunchError(
+            f"process {dist.get_rank()} of {dist.get_world_size()} lost contact with another one {when}: that one has "
+            "ended, by an error or because it was killed (out of memory?), or can no longer be reached. What it has "
+            "written last says why. Nothing was written here, and the model is as it was: start all processes again. "
+            f"(torch: {str(error).splitlines()[0]})"
+        ) from error
+
+
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error", "Timed out waiting")
+"""In the messages of backends that raise a plain RuntimeError."""
+
+
 def raise_together(problem: PxError | None) -> None:
     """Raise on every process the first error that any of them has met, so that none waits for another in vain."""
     if processes().world_size > 1:
@@ -80,7 +108,8 @@ def raise_together(problem: PxError | None) -> None:
 def on_main(function: Callable[[], Result]) -> Result:
     """What `function` returns on the main process, on every process; it runs on the main process alone.
 
-    A `PxError` that it raises there is raised everywhere, so that no process waits for another in vain.
+    A `PxError` that it raises there is raised everywhere, so that no process waits for another in vain; of any other
+    error the others are told by a `LaunchError`.
     """
     group = processes()
     if group.world_size == 1:
@@ -93,6 +122,9 @@ def on_main(function: Callable[[], Result]) -> Result:
             told = [function()]
         except PxError as error:
             told = [error]
+        except Exception as error:
+            broadcast_object_list([LaunchError(f"the main process failed: {type(error).__name__}: {error}")])
+            raise
     broadcast_object_list(told)
     if isinstance(told[0], PxError):
         raise told[0]

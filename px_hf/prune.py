@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .criteria import Criterion
-from .distributed import processes
+from .distributed import in_contact, processes
 from .errors import InvalidArgumentError, TargetError, listed
 from .masks import Masks
 from .model.adapters import adapters_off, warn_of_trained_adapters
@@ -90,12 +90,14 @@ def prune(
         DataError: ``batches`` is empty, can be read only once, or is malformed.
         UnsupportedOpError: the criterion does not know an operation of the model.
         NonFiniteError: the model's output or a score is not finite.
-        LaunchError: several processes that do not know of each other, or that were given different models.
+        LaunchError: several processes that do not know of each other, that were given different models, or of which
+            one has ended.
     """
-    pruning = Rounds(
-        model, batches, criterion, sparsity=sparsity, rounds=rounds, scope=scope, prune_head=prune_head,
-        min_layer_density=min_layer_density, output=output,
-    )  # fmt: skip
+    with in_contact("before the first round"):
+        pruning = Rounds(
+            model, batches, criterion, sparsity=sparsity, rounds=rounds, scope=scope, prune_head=prune_head,
+            min_layer_density=min_layer_density, output=output,
+        )  # fmt: skip
     title = f"Pruning with {type(criterion).__name__}"
     with pruning.at_hand():
         for _ in tqdm(range(pruning.count), desc=title, unit="round",
@@ -188,7 +190,10 @@ class Rounds:
 
     def step(self) -> Masks:
         """Score the network as it is now, with the masks so far, and prune it to ``1 - (1 - sparsity)^(t/T)``."""
-        t = self.done + 1
+        with in_contact(f"in round {self.done + 1} of {self.count}"):
+            return self._step(self.done + 1)
+
+    def _step(self, t: int) -> Masks:
         final = t == self.count
         sparsity = self.sparsity if final else 1 - (1 - self.sparsity) ** (t / self.count)
         named: dict[str, Any] = {} if self.output is None else {"output": self.output}  # a score() of a user's own

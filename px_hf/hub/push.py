@@ -41,7 +41,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 
-from ..distributed import processes
+from ..distributed import in_contact, processes
 from ..downstream.attached import attach
 from ..errors import HubError, InvalidArgumentError
 from ..masks import Masks
@@ -131,7 +131,8 @@ def push_to_hub(
     _check_repo_id(repo_id)
     plain: nn.Module | None = model
     if shards_of(unwrap(model)) is not None:
-        plain, masks = whole_copy(unwrap(model)), masks.whole()
+        with in_contact("while the model was gathered"):
+            plain, masks = whole_copy(unwrap(model)), masks.whole()
     if not processes().is_main:
         return None
     assert plain is not None

@@ -35,7 +35,7 @@ from ..atomic import beside, remove
 from ..compact import write_compact
 from ..compact.dense import describe
 from ..compact.layout import QUANT_METHOD, SPARSE_FOLDER
-from ..distributed import on_main
+from ..distributed import in_contact, on_main
 from ..errors import CheckpointError, InvalidArgumentError, OutputExistsError, TargetError
 from ..masks import Masks
 from ..masks_file import MASKS_FILE
@@ -89,7 +89,8 @@ def save_pretrained(
     if shards_of(unwrap(model)) is None:
         _save(model, masks, folder, _save_dense, **settings)
         return
-    plain, masks = whole_copy(unwrap(model)), masks.whole()
+    with in_contact("while the model was gathered"):
+        plain, masks = whole_copy(unwrap(model)), masks.whole()
     on_main(lambda: _save(cast(nn.Module, plain), masks, folder, _save_dense, **settings))
 
 
