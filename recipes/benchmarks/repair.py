@@ -147,9 +147,10 @@ class Images:
         """Those of the criterion, once for all repairs. `after` says what the model went through before."""
         key = f"{criterion.text} {sparsity} {after}"
         if key not in self._masks:
+            batches = self.batches(self.fit[: self.scoring])
             self._masks = {key: px.prune(
-                model, self.batches(self.fit[: self.scoring]), criterion.criterion, sparsity=sparsity, rounds=criterion.rounds,
-                scope=criterion.scope, min_layer_density=criterion.min_layer_density, progress=False,
+                model, batches, criterion.criterion, sparsity=sparsity, rounds=criterion.rounds, scope=criterion.scope,
+                min_layer_density=criterion.min_layer_density, progress=False,
             )}  # fmt: skip
         return self._masks[key]
 
