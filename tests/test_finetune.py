@@ -363,11 +363,13 @@ class LooksAtEachStep(TrainerCallback):
         ("AdamW", {"bf16": True}),
         ("AdamW", {"bf16": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1}),
         ("AdamW", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+        ("AdamW", {"gradient_checkpointing": True}),
         ("SGD momentum", {}),
         ("SGD nesterov", {"gradient_accumulation_steps": 2}),
         ("Adafactor", {"max_grad_norm": 0.0}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # transformers 5.0 knows no other name
 def test_trainer(name: str, settings: dict[str, object], tmp_path: Path) -> None:
     model = vit()
     masks, before = masks_of(model), copy.deepcopy(model.state_dict())

@@ -143,19 +143,19 @@ def by_onnx(
 
     plain = out / "plain.onnx"
     px.export_onnx(model, plain, example=calibration[0][0][:1])
-    yield "ONNX, fp32", session(plain), {"onnx": plain.stat().st_size}, not_zero(masks, plain)
+    yield "ONNX, fp32", session(plain), {"onnx": plain.stat().st_size}, not_zero(masks, model, plain)
     prepared = out / "prepared.onnx"
     quant_pre_process(plain, prepared)
     dynamic = out / "dynamic.onnx"
     linear = ["MatMul", "Gemm"]
     quantize_dynamic(prepared, dynamic, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=linear)
-    yield "ONNX, dynamic", session(dynamic), {"onnx": dynamic.stat().st_size}, not_zero(masks, dynamic)
+    yield "ONNX, dynamic", session(dynamic), {"onnx": dynamic.stat().st_size}, not_zero(masks, model, dynamic)
     static = out / "static.onnx"
     quantize_static(
         prepared, static, Images(), quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8, op_types_to_quantize=[*linear, "Conv"],
     )  # fmt: skip
-    yield "ONNX, static", session(static), {"onnx": static.stat().st_size}, not_zero(masks, static)
+    yield "ONNX, static", session(static), {"onnx": static.stat().st_size}, not_zero(masks, model, static)
 
 
 def session(path: Path) -> Run:
@@ -167,8 +167,8 @@ def session(path: Path) -> Run:
     return lambda images: torch.from_numpy(found.run(["logits"], {"pixel_values": images.numpy()})[0])
 
 
-def not_zero(masks: px.Masks | None, path: Path) -> int | str:
-    """By how much the non-zero numbers of all matrices of a file exceed what the masks and other layers keep."""
+def not_zero(masks: px.Masks | None, model: nn.Module, path: Path) -> int | str:
+    """How many more numbers than in the model are not zero in a file, of the matrices of each size with a mask."""
     if masks is None:
         return ""
     import onnx
@@ -179,10 +179,10 @@ def not_zero(masks: px.Masks | None, path: Path) -> int | str:
         found = onnx.numpy_helper.to_array(initializer)
         if found.ndim > 1 and found.dtype in ("float32", "int8"):
             sizes[found.size] = sizes.get(found.size, 0) + int((found != 0).sum())
-    kept: dict[int, int] = {}
-    for mask in masks.values():
-        kept[mask.numel()] = kept.get(mask.numel(), 0) + int(mask.sum())
-    return sum(max(0, sizes.get(size, 0) - count) for size, count in kept.items())
+    ours: dict[int, int] = {}
+    for weight in model.parameters():  # others of the same size as a masked one too
+        ours[weight.numel()] = ours.get(weight.numel(), 0) + int(weight.count_nonzero())
+    return sum(max(0, sizes.get(size, 0) - ours[size]) for size in {mask.numel() for mask in masks.values()})
 
 
 def logits(model: nn.Module) -> Run:
