@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from .scopes import Scope, as_scope, check_min_layer_density, check_sparsity
 from .scoring.agreement import require_agreement
 from .sharded_round import ShardedRound
 
+ROUNDS: Final = 10
+"""By default. More move weights at the threshold and change no accuracy that was measured (docs/RESULTS.md)."""
+
 
 def prune(
     model: nn.Module,
@@ -33,7 +36,7 @@ def prune(
     criterion: Criterion,
     *,
     sparsity: float,
-    rounds: int = 100,
+    rounds: int = ROUNDS,
     scope: str | Scope | None = None,
     prune_head: bool = False,
     min_layer_density: float = 0.0,
@@ -62,7 +65,7 @@ def prune(
             mappings with ``pixel_values`` and, where the criterion needs them, ``labels`` or ``label``.
         criterion: what to score by, for example ``PX()``, ``Magnitude()``.
         sparsity: fraction of the prunable weights to prune, in [0, 1).
-        rounds: T ≥ 1. The paper uses 100. One is enough for criteria whose scores do not change.
+        rounds: T ≥ 1. The paper uses 100, ten are as accurate. Criteria whose scores do not change need one.
         scope: what competes with what (docs/SCOPES.md), as text or as an object of `px_hf.scopes`. ``"global"`` ranks
             all weights together, ``"layer"`` prunes every layer alike, ``"row"`` every output of every layer.
             ``"n:m"``, such as ``"2:4"``, keeps at most n of every m consecutive inputs of an output: exactly n with

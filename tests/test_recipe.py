@@ -509,7 +509,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_example(tmp_path: 
 
 def test_the_schedule_has_its_own_rounds_and_is_in_the_name() -> None:
     one_shot = ["--schedule", "one-shot"]
-    for more, rounds in (([], 8), (["--rounds", "5"], 5), (one_shot, 20), ([*one_shot, "--rounds", "5"], 5)):
+    for more, rounds in (([], 8), (["--rounds", "5"], 5), (one_shot, 10), ([*one_shot, "--rounds", "5"], 5)):
         *_, prune, training = prune_finetune.parse(more)
         assert prune.rounds == rounds
         name = "px-active90" if more[:2] == one_shot else "px-balanced90-gradual"

@@ -62,6 +62,7 @@ def test_parts_of_a_batch(paths: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(px.PX(paths=paths).score(model, [x]), whole)
 
 
+@pytest.mark.filterwarnings("ignore:.*lost all their weights")
 @pytest.mark.parametrize("head", [False, True], ids=["dense head", "pruned head"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rounds_of_eq9_with_a_dense_head_need_the_images_once(

@@ -33,6 +33,7 @@ from ..comparison.method import Method
 from ..comparison.prepared_task import prepare, short
 from ..comparison.results import append_line, read_lines, reported
 from ..comparison.tables import markdown
+from ..prune import ROUNDS
 from ..runs.arguments import EXAMPLE_MODEL, embedded
 from ..runs.help import Usage
 from ..runs.parsing import parse_groups
@@ -102,7 +103,7 @@ class CompareArguments:
     )
     examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
     scoring_batch_size: int = field(default=50, metadata={"help": "Images scored at once."})
-    rounds: int = field(default=20, metadata={"help": "Rounds of criteria whose scores change as weights go."})
+    rounds: int = field(default=ROUNDS, metadata={"help": "Rounds of criteria whose scores change as weights go."})
     recalibrate_batchnorm: bool = field(
         default=False,
         metadata={"help": "Estimate the BatchNorm statistics of the pruned network anew, on the calibration images."},
@@ -275,4 +276,4 @@ def report(args: CompareArguments, out: Path) -> None:
 def _example(named: Any) -> dict[str, Any]:
     """Other defaults where the embedded example is what is compared."""
     small = [*map(embedded, named.model_name_or_path)] == [EXAMPLE_MODEL] and named.dataset_name == ["digits"]
-    return {"num_train_epochs": 5.0, "rounds": 10, "scoring_batch_size": 100} if small else {}
+    return {"num_train_epochs": 5.0, "scoring_batch_size": 100} if small else {}

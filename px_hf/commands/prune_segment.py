@@ -14,7 +14,6 @@ from ..distributed import processes
 from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, one_thread
 from ..runs.help import Usage
 from ..runs.parsing import parse_groups
-from ..runs.pruning_arguments import ONE_SHOT
 from ..runs.segmentation_job import SegmentArguments, SegmentationJob
 from .prune_finetune import prune_and_fine_tune
 
@@ -40,7 +39,6 @@ EXAMPLE = {
     "decoder_size": 48,
     "per_device_train_batch_size": 8,
     "scoring_images": 30,
-    "rounds": 10,
     "sparsity": 0.5,
 }
 """What differs from the defaults for the embedded scenes."""
@@ -65,9 +63,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, SegmentArguments, FineTu
         (ModelArguments, SegmentArguments, FineTuneArguments),
         USAGE,
         lambda named: (
-            {"output_dir": "outputs/{model}-segment"}
-            | ({} if named.dataset_name or named.train_file else EXAMPLE)
-            | ({"rounds": None} if named.schedule not in (None, ONE_SHOT) else {})  # the default of that schedule
+            {"output_dir": "outputs/{model}-segment"} | ({} if named.dataset_name or named.train_file else EXAMPLE)
         ),
     )
     args.check()

@@ -15,12 +15,13 @@ from ..distillation import Distillation
 from ..model.inputs import Batches
 from ..plan import ROUNDS as GRADUAL_ROUNDS
 from ..plan import SCHEDULES, UNTIL, check_until, most_rounds
+from ..prune import ROUNDS
 from ..repair.by_name import NONE, REPAIRS
 from ..scopes import as_scope, check_sparsity
 from .lora_arguments import LoraArguments
 
 ONE_SHOT, GRADUAL = SCHEDULES
-CRITERION, ROUNDS = "px-active", 20
+CRITERION = "px-active"
 """By default, before training."""
 
 GRADUAL_CRITERION = "px-balanced"
