@@ -171,7 +171,7 @@ class Masks(Mapping[str, Tensor]):
             if parameter is None:
                 misfits.append(f"{name!r} is not a parameter of the model")
             elif parameter.is_meta or nn.parameter.is_lazy(parameter):
-                misfits.append(f"{name!r} holds no values yet (meta device or lazy module)")
+                misfits.append(f"{name!r} holds no values here (meta device, offloaded, or lazy module)")
             elif parameter.shape != (shape := self._shape(name)):
                 misfits.append(f"{name!r} is {list(parameter.shape)} in the model and {list(shape)} in the masks")
             elif not torch.equal(mask, self._tensors[tied.setdefault(parameter, name)]):
@@ -182,6 +182,11 @@ class Masks(Mapping[str, Tensor]):
                 "Masks belong to the architecture that they were made for: use the model they came from, or prune "
                 "this one."
             )
+            if any(p is not None and p.is_meta for p in map(parameters.get, self)):
+                advice = (
+                    "Load the model whole, without device_map or offloading, for what needs its values; "
+                    "masks.save(file) keeps the masks meanwhile."
+                )
             raise TargetError(
                 f"The masks do not fit the model ({type(model).__name__}), nothing was changed: "
                 f"{len(misfits)} of {len(self)} masks: {listed(misfits, 10, '; ')}. {advice}"

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .criteria import Criterion
+from .criteria.layers import each_layer
 from .distributed import in_contact, processes
 from .errors import InvalidArgumentError, TargetError, listed
 from .masks import Masks
 from .model.adapters import adapters_off, warn_of_trained_adapters
 from .model.inputs import Batches
+from .model.offloaded import fetched, is_offloaded
 from .model.outputs import Output, check_output, has_no_classifier
 from .model.reached import reached
 from .model.shards import gathered, require_same_layout, shards_of
@@ -149,9 +151,14 @@ class Rounds:
         shards = shards_of(self.model)
         if shards is not None:
             require_same_layout(self.model)
-        weights = prunable(self.model, prune_head, anywhere=shards is not None)
+        self._offloaded = (
+            criterion.by_layer
+            and is_offloaded(self.model)
+            and not (found.whole_units or has_no_classifier(self.model, output) or processes().world_size > 1)
+        )
+        weights = prunable(self.model, prune_head, anywhere=shards is not None or self._offloaded)
         self._sharded = None if shards is None else ShardedRound(self.model, weights, shards, found)
-        if shards is None:
+        if shards is None and not self._offloaded:
             _require_finite(weights)
         warn_of_trained_adapters(self.model)
         with adapters_off(self.model):
@@ -206,13 +213,13 @@ class Rounds:
                 min_layer_density=self.min_layer_density, final=final, named=named,
             )  # fmt: skip
         else:
-            scores = self.criterion.score(
-                self.model,
-                self.batches,
-                masks=None if self.masks is None else self.masks.tensors,
-                prune_head=self.prune_head,
-                **named,
-            )
+            masks = {} if self.masks is None else self.masks.tensors
+            if self._offloaded:
+                scores = dict(each_layer(self.criterion, self.model, fetched(self.model, self.targets), masks.get))
+            else:
+                scores = self.criterion.score(
+                    self.model, self.batches, masks=masks or None, prune_head=self.prune_head, **named
+                )
             self.masks = self.scope.choose(
                 {name: score for name, score in scores.items() if name in self.targets},
                 sparsity,

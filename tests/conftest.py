@@ -27,6 +27,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped without a GPU."""
+    if any(item.get_closest_marker("cuda") for item in items):
+        import torch
+
+        for item in items if not torch.cuda.is_available() else []:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A local Hub. This process uses it as alice, and keeps what it downloads in `tmp_path`."""

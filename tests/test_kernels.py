@@ -216,7 +216,7 @@ def test_what_torch_refuses_is_skipped_and_named(monkeypatch: pytest.MonkeyPatch
     assert type(model[0].weight) is nn.Parameter
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_24_layers_give_the_same_logits_on_a_gpu(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -282,5 +282,39 @@ def test_a_model_placed_by_accelerate(paths: str) -> None:
 
 def test_an_offloaded_model_is_to_be_loaded_first() -> None:
     model = accelerate.cpu_offload(build("mlp"), execution_device=torch.device("cpu"))
-    with pytest.raises(px.TargetError, match=r"meta device.*fully_shard or offloading"):
+    with pytest.raises(px.TargetError, match=r"meta device.*fully_shard or offloading.*px\.LAMP\(\)"):
         px.prune(model, [images()], px.PX(), sparsity=0.5, progress=False)
+
+
+BY_LAYER = [px.Magnitude(), px.LAMP(), px.Random(seed=1), px.Random(densities="erk")]
+
+
+@pytest.mark.parametrize("criterion", BY_LAYER, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("where", ["cpu", "disk", "some on disk"])
+def test_criteria_of_single_layers_prune_an_offloaded_model(where: str, criterion: px.Criterion, tmp_path) -> None:
+    """Layer by layer, to the masks of the whole model, which stays offloaded."""
+    expected = px.prune(build("hf vit"), [], criterion, sparsity=0.7, scope="2:4", progress=False)
+    model = build("hf vit")
+    if where == "some on disk":
+        device_map = {"vit": "cpu", "vit.layers.1": "disk", "classifier": "cpu"}
+        model = accelerate.dispatch_model(model, device_map, offload_dir=tmp_path)
+    else:
+        offload = accelerate.cpu_offload if where == "cpu" else accelerate.disk_offload
+        folder = {"offload_dir": tmp_path} if where == "disk" else {}
+        model = offload(model, execution_device=torch.device("cpu"), **folder)
+    assert any(p.is_meta for p in model.parameters())
+    masks = px.prune(model, [], criterion, sparsity=0.7, scope="2:4", progress=False)
+    assert masks == expected
+    assert any(p.is_meta for p in model.parameters())
+    for refused in (masks.apply_, masks.revived, lambda model: px.report(model, masks)):
+        with pytest.raises(px.TargetError, match=r"holds no values here.*Load the model whole"):
+            refused(model)
+    with pytest.raises(px.TargetError, match="does not hold its weights"):
+        px.prune(model, [], criterion, sparsity=0.5, scope="structured", progress=False)
+
+
+def test_a_model_on_the_meta_device_is_nowhere() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(px.TargetError, match="does not hold its weights: it has weights on the meta device"):
+        px.prune(model, [], px.Magnitude(), sparsity=0.5, progress=False)

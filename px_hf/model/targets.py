@@ -95,7 +95,8 @@ def require_whole(model: nn.Module) -> None:
             f"{type(model).__name__} does not hold its weights: {how}. Do this before accelerator.prepare, "
             "fully_shard or offloading: load it whole on one device, on every process, and wrap it then. What works "
             "with weights that FSDP2 has sharded: px.prune (but for structured scopes), masks.apply_, px.keep_masks, "
-            "px.KeepMasks, px.report, px.save_pretrained and px.push_to_hub (docs/SCALE.md)."
+            "px.KeepMasks, px.report, px.save_pretrained and px.push_to_hub. With weights that Accelerate has "
+            "offloaded: px.prune by px.Magnitude(), px.LAMP() or px.Random(), in one process (docs/SCALE.md)."
         )
 
 
