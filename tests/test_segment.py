@@ -404,9 +404,12 @@ def settings(folder: Path, out: str, *more: str) -> list[str]:
     ]
 
 
+REPAIRED = ("--repair", "layers")
+
+
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Path:
-    prune_segment.main(settings(folder, "finished", "--compare_dense", "true"))
+    prune_segment.main(settings(folder, "finished", "--compare_dense", "true", *REPAIRED))
     return folder / "finished"
 
 
@@ -432,6 +435,7 @@ def test_a_run_reports_the_mean_iou_of_the_saved_model(finished: Path) -> None:
     assert not masks.revived(model)
     assert masks.kept == results["weights_kept"] == masks.total - round(masks.total / 2)
     assert all(name.startswith("backbone.") for name in masks)
+    assert results["repair"] == model.config.px["repair"] == "layers"
     assert model.config.id2label[3] == "triangle"
     for name in ("dense", "pruned"):
         score = results[name]["test"]["mean_iou"]
@@ -446,7 +450,7 @@ def test_a_run_reports_the_mean_iou_of_the_saved_model(finished: Path) -> None:
 def test_two_processes_count_every_scene_once(folder: Path, finished: Path) -> None:
     clean = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
     env = clean | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    command = [*TWO, str(RECIPES / "prune_segment.py"), *settings(folder, "two")]
+    command = [*TWO, str(RECIPES / "prune_segment.py"), *settings(folder, "two", *REPAIRED)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((folder / "two/all_results.json").read_text())
@@ -466,7 +470,8 @@ def test_an_interrupted_run_resumes_to_the_same_end(folder: Path, finished: Path
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "sparse", ignore_errors=True)
     (out / "preprocessor_config.json").unlink()
-    prune_segment.main(settings(folder, "interrupted", "--compare_dense", "true", "--resume_from_checkpoint", "true"))
+    resume = ["--compare_dense", "true", "--resume_from_checkpoint", "true"]
+    prune_segment.main(settings(folder, "interrupted", *REPAIRED, *resume))
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     first, again = (json.loads((path / "all_results.json").read_text()) for path in (finished, out))
     assert again["pruned"] == first["pruned"]

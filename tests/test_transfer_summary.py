@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from test_downstream import folder, pictures, task_file  # noqa: F401
+from test_downstream import pictures, task_file
 
 import px_hf as px
 from px_hf.commands import transfer
@@ -69,7 +69,7 @@ RUNS = [
 ]
 
 
-def written(results: dict[str, Any], folder: Path) -> str:  # noqa: F811
+def written(results: dict[str, Any], folder: Path) -> str:
     folder.mkdir(parents=True)
     (folder / "downstream.json").write_text(json.dumps(results))
     return str(folder)
@@ -174,7 +174,7 @@ def test_the_learning_rate_falls_to_a_tenth_at_each_drop() -> None:
     assert rates == pytest.approx([0.5] * 3 + [0.05] * 3 + [0.005] * 3)
 
 
-def test_a_protocol_runs_on_what_there_is(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_protocol_runs_on_what_there_is(folder: Path, tmp_path: Path) -> None:
     """Two of its tasks, as stand-ins: a YAML file, and a folder of Parquet files."""
     task_file(tmp_path, "cars", train=pictures([0, 1] * 20), test=pictures([1, 0] * 6))
     (tmp_path / "pets").mkdir()

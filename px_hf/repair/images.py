@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,17 +41,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Images:
-    """The parts of this process, and of all processes together the parts, how many images, and of which shapes."""
+    """The parts of this process, and of all processes together the parts, how many images, and of which shapes.
+
+    ``example`` is the first image of all, which every process has.
+    """
 
     parts: tuple[Part, ...]
     all_parts: tuple[Part, ...]
     fitted: int
     held_out: int
     shapes: frozenset[tuple[int, ...]]
+    example: Inputs
 
 
 def read(batches: Batches, model: nn.Module, states: States) -> Images:
-    """Put this process's share of the batches, which is every N-th, into ``states``.
+    """Put this process's share of the images, which is every N-th part, into ``states``.
 
     Every fifth image is held out, beginning with the second.
 
@@ -60,7 +64,7 @@ def read(batches: Batches, model: nn.Module, states: States) -> Images:
     """
     group = processes()
     parts: list[Part] = []
-    own: list[Part] = []
+    example: Inputs | None = None
     counts = {False: 0, True: 0}
     shapes: set[tuple[int, ...]] = set()
     first = 0
@@ -68,25 +72,22 @@ def read(batches: Batches, model: nn.Module, states: States) -> Images:
         number = torch.arange(first, first + len(inputs.images))
         first += len(inputs.images)
         shapes.add(tuple(inputs.images.shape[1:]))
+        example = example or _take(inputs, torch.zeros(1, dtype=torch.long, device=inputs.images.device))
         apart = number % HELD_OUT == 1
         for held_out in (False, True):
             chosen = torch.nonzero(apart == held_out).flatten().to(inputs.images.device)
             counts[held_out] += len(chosen)
             if len(chosen):
-                mine = states if index % group.world_size == group.rank else None
-                found = list(_parts(_take(inputs, chosen), f"{index}-{int(held_out)}", held_out, mine))
-                parts += found
-                own += found if mine else []
-    return Images(tuple(own), tuple(parts), counts[False], counts[True], frozenset(shapes))
+                for i, part in enumerate(_take(inputs, chosen).parts(_NUMBERS_AT_A_TIME)):
+                    key = f"{index}-{int(held_out)}-{i}"
+                    if len(parts) % group.world_size == group.rank:
+                        states.put(f"images-{key}", [part.images, *part.others.values()])
+                    parts.append(Part(key, held_out, len(part.images), tuple(part.others)))
+    assert example is not None  # or inputs_of has said so
+    own = tuple(parts[group.rank :: group.world_size])
+    return Images(own, tuple(parts), counts[False], counts[True], frozenset(shapes), example)
 
 
 def _take(inputs: Inputs, chosen: Tensor) -> Inputs:
     others: Mapping[str, Tensor] = {name: other[chosen] for name, other in inputs.others.items()}
     return Inputs(inputs.images[chosen], others)
-
-
-def _parts(inputs: Inputs, key: str, held_out: bool, states: States | None) -> Iterator[Part]:
-    for i, part in enumerate(inputs.parts(_NUMBERS_AT_A_TIME)):
-        if states is not None:
-            states.put(f"images-{key}-{i}", [part.images, *part.others.values()])
-        yield Part(f"{key}-{i}", held_out, len(part.images), tuple(part.others))

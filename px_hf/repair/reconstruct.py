@@ -167,14 +167,13 @@ def _walk(
 
 
 def _record(sparse: Network, images: Images, walk: Walk) -> Record:
-    first = images.parts[0].inputs(walk.states, walk.device)
-
+    first = images.example
     names = list(sparse.tensors)
 
     def record(count: int) -> Record:
         repeated = Inputs(
-            first.images[:1].repeat(count, *[1] * (first.images.dim() - 1)),
-            {name: other[:1].repeat(count, *[1] * (other.dim() - 1)) for name, other in first.others.items()},
+            first.images.repeat(count, *[1] * (first.images.dim() - 1)),
+            {name: other.repeat(count, *[1] * (other.dim() - 1)) for name, other in first.others.items()},
         )
         return probe(sparse, names, lambda: call(sparse.model, repeated))
 

@@ -222,7 +222,7 @@ class SparsityArguments(ScheduleArguments):
         metadata={
             "help": "Change what stays so that it makes up for what is pruned, without training, on the images that "
             "weights are scored on: statistics folds removed units into the others or corrects means, and measures "
-            "BatchNorm anew; layers, blocks and network fit layers, then whole blocks one by one or all at once, to "
+            "BatchNorm anew; layers, blocks and network fit layers, then whole blocks one by one, or all at once, to "
             "the dense network.",
             "choices": [NONE, *REPAIRS],
         },
