@@ -260,7 +260,7 @@ def test_sums_of_parts_and_of_batches() -> None:
     assert (data * 2.0**exponent).tolist() == [9.0, 6.0]
     data, exponent = add_up([(torch.zeros(1, dtype=torch.float64), 2000), *[(d[:1], e) for d, e in terms]])
     assert (data * 2.0**exponent).tolist() == [9.0]
-    total, term = torch.zeros(70_000, dtype=torch.float64), torch.rand(70_000)
+    total, term = torch.zeros(300_000, dtype=torch.float64), torch.rand(300_000)
     add_(total, term, 4.0)
     torch.testing.assert_close(total, 4 * term.double(), rtol=0, atol=0)
 

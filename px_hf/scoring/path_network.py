@@ -52,7 +52,9 @@ class PathNetwork:
         weights: dict[Tensor, Weight] = {}
         for p in self._parameters():
             weight = masked(p, self.masks.get(p)).to(self.dtype)
-            square = weight.square() if self.order == 2 else weight.abs()
+            own = weight.data_ptr() != p.data_ptr()  # new memory, which can hold the square
+            raised = weight if own else torch.empty_like(weight)
+            square = torch.square(weight, out=raised) if self.order == 2 else torch.abs(weight, out=raised)
             if p in names:
                 self.squares[names[p]] = square.requires_grad_(True)
             weights[p] = Weight(square, self.masks.get(p))

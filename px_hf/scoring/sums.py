@@ -56,8 +56,9 @@ def add_up(terms: list[tuple[Tensor, int]]) -> tuple[Tensor, int]:
     return sum(torch.ldexp(data, torch.tensor(max(e - top, -2000))) for data, e in terms), top  # type: ignore[return-value]
 
 
-_CHUNK = 2**15
-"""Numbers at a time, so that what torch converts on a CPU stays in its cache."""
+_CHUNK = 2**17
+"""Numbers at a time for each thread, so that what torch converts on a CPU stays in its cache. Fewer torch does not
+share among threads."""
 
 
 def add_(total: Tensor, term: Tensor, factor: float) -> None:
@@ -65,7 +66,8 @@ def add_(total: Tensor, term: Tensor, factor: float) -> None:
     if total.device.type != "cpu":
         total.add_(term, alpha=factor)
         return
-    for into, numbers in zip(total.view(-1).split(_CHUNK), term.reshape(-1).split(_CHUNK), strict=True):
+    chunk = _CHUNK * torch.get_num_threads()
+    for into, numbers in zip(total.view(-1).split(chunk), term.reshape(-1).split(chunk), strict=True):
         into.add_(numbers, alpha=factor)
 
 

@@ -23,10 +23,15 @@ def peak() -> int:
     return _entry("VmHWM")
 
 
+def available() -> int:
+    """What the system could still give, in bytes."""
+    return _entry("MemAvailable", Path("/proc/meminfo"))
+
+
 def restart_peak() -> None:
     """The peak starts anew, from what is held now."""
     RESET.write_text("5")
 
 
-def _entry(name: str) -> int:
-    return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+def _entry(name: str, file: Path = STATUS) -> int:
+    return next(1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name))

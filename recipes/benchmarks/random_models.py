@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-LARGE: dict[str, Any] = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
+VITS: dict[str, dict[str, Any]] = {
+    "ViT-Ti/16": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
+    "ViT-S/16": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+    "ViT-B/16": {},
+    "ViT-L/16": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    "ViT-H/16": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120},
 }
 TINY_VIT: dict[str, Any] = {
     "image_size": 32,
@@ -40,8 +42,7 @@ def vit(classes: int, **shape: Any) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-50": lambda: resnet(1000),
-    "ViT-B/16": lambda: vit(1000),
-    "ViT-L/16": lambda: vit(1000, **LARGE),
     "tiny ResNet": lambda: resnet(10, **TINY_RESNET),
     "tiny ViT": lambda: vit(10, **TINY_VIT),
+    **{name: partial(vit, 1000, **shape) for name, shape in VITS.items()},
 }
