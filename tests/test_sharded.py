@@ -206,3 +206,15 @@ def test_a_bad_score_on_one_process_is_an_error() -> None:
     member = Member(Meeting(1), 0)
     with pytest.raises(px.NonFiniteError, match="'a' are NaN"):
         choose_sharded(as_scope("global"), scores, {"a": torch.Size((2, 1))}, member, 0.5)
+
+
+@pytest.mark.slow
+def test_bytes_on_the_wire_are_those_of_the_formulae(tmp_path: Path) -> None:
+    script = HERE.parent / "recipes" / "benchmarks" / "sharded.py"
+    command = [sys.executable, str(script), "--processes", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 9
+    for _, what, key, formula, counted in rows:
+        assert int(counted) == pytest.approx(int(formula), rel=0.01), (what, key)
