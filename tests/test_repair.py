@@ -207,6 +207,49 @@ def test_one_layer_is_the_least_squares_solution(kind: str) -> None:
 # -- whole networks
 
 
+class Tokens(nn.Module):
+    """A class token before three of the image, and a linear layer that reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 64))
+        self.layer = nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        first = self.cls_token + tokens[:, :1].roll(7, 2)
+        return self.layer(torch.cat((first, tokens), 1)).sum(1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 30.0])
+def test_the_class_token_counts_as_often_as_it_is_told_to(weight: float) -> None:
+    """Against the normal equations of rows that are there so many times."""
+    torch.manual_seed(0)
+    dense = Tokens().double()
+    masks = some_masks(dense)
+    name = "layer.weight"
+    batches = [images[:, :, :8, :8] for images in smooth(60, 8).split(20)]
+    model = copy.deepcopy(dense)
+    px.reconstruct_(model, masks, batches, class_token=weight, iterations=200, progress=False)
+    x, _ = kept_apart(batches)
+    tokens = x.flatten(2)
+    tokens = torch.cat((dense.cls_token.detach() + tokens[:, :1].roll(7, 2), tokens), 1)
+    times = torch.ones(4, dtype=torch.long)
+    times[0] = int(weight)
+    rows = tokens.repeat_interleave(times, 1).flatten(0, 1)
+    rows = torch.cat((rows, rows.new_ones(len(rows), 1)), 1)
+    kept = masks.tensors[name]
+    missing = rows[:, :-1] @ torch.where(kept, 0.0, dense.layer.weight.detach()).T
+    ridge = 0.01 * rows.square().sum(0)
+    ridge[-1] = 0
+    delta = oracle(rows, missing, torch.cat((kept, kept.new_ones(5, 1)), 1), ridge)
+    expected = torch.where(kept, dense.layer.weight.detach() + delta[:, :-1], 0.0)
+    torch.testing.assert_close(model.layer.weight.detach(), expected, rtol=1e-2, atol=1e-3)
+    other = copy.deepcopy(dense)
+    px.reconstruct_(other, masks, batches, class_token=31 - weight, iterations=200, progress=False)
+    assert (other.layer.weight - expected).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_what_is_promised_of_every_network(name: str) -> None:
     dense = network(name).train()
@@ -267,7 +310,7 @@ def test_the_network_is_nearer_to_its_parent(name: str) -> None:
     ("setting", "message"),
     [({"method": "rows"}, "method='rows'"), ({"ridge": -1}, "ridge=-1"), ({"ridge": True}, "ridge=True"),
      ({"ridge": float("nan")}, "ridge=nan"), ({"iterations": 0}, "iterations=0"), ({"epochs": 1.5}, "epochs=1.5"),
-     ({"rate": 0}, "rate=0")],
+     ({"rate": 0}, "rate=0"), ({"class_token": 0}, "class_token=0")],
 )  # fmt: skip
 def test_settings_are_checked(setting: dict[str, Any], message: str) -> None:
     model = build("cnn")

@@ -84,7 +84,7 @@ def default_name(model: nn.Module) -> str | None:
     """The name of what stands for an untrained pooler's output; None where the pooler is trained or there is none."""
     if not (has_no_classifier(model) and _pooler_untrained(model)):
         return None
-    return "class_token" if _has_class_token(model) else "token_mean"
+    return "class_token" if has_class_token(model) else "token_mean"
 
 
 def has_no_classifier(model: nn.Module, output: Output = None) -> bool:
@@ -132,7 +132,7 @@ def _first(returned: Any, model: nn.Module) -> Any:
     if isinstance(pooled, Tensor) and not _pooler_untrained(model):
         return pooled
     if isinstance(hidden, Tensor):
-        tokens = hidden.dim() == 3 and _has_class_token(model)
+        tokens = hidden.dim() == 3 and has_class_token(model)
         return _named(returned, model, "class_token" if tokens else "token_mean")
     maps = _maps(returned)
     if maps:
@@ -206,7 +206,8 @@ def _channels_second(value: Tensor, model: nn.Module) -> Tensor:
     return value.movedim(-1, 1) if maps or tokens else value
 
 
-def _has_class_token(model: nn.Module) -> bool:
+def has_class_token(model: nn.Module) -> bool:
+    """Whether it puts a token of its own before those of the image, as its parameters' names say."""
     return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in model.named_parameters())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,11 @@ class Sums:
         self.gram, self.cross = zeros(groups, inputs, inputs), zeros(groups, outputs, inputs)
         self.missing, self.target, self.rows = zeros(), zeros(), zeros()
 
-    def add(self, call: LayerCall, dense_output: Tensor) -> None:
-        """Add the rows of one call in the sparse network, and of the same call in the dense one."""
+    def add(self, call: LayerCall, dense_output: Tensor, class_token: float = 1.0) -> None:
+        """Add the rows of one call in the sparse network, and of the same call in the dense one.
+
+        ``class_token``: the weight of the first row of each image, where a linear layer reads tokens [N, T, d].
+        """
         kind = torch.float64 if call.weight.dtype == torch.float64 else torch.float32
         dense = dense_output.to(call.output.device, kind)
         gap = dense - call.output.to(kind)
@@ -39,11 +44,15 @@ class Sums:
             inputs = rows.to(kind)
             if self.with_bias:
                 inputs = torch.cat((inputs, inputs.new_ones(*inputs.shape[:2], 1)), dim=2)
-            missing = call.outputs(gap, part)
+            missing, wanted = call.outputs(gap, part), call.outputs(dense, part)
+            if class_token != 1 and call.input.dim() == 3 and call.geometry is None:
+                root = inputs.new_ones(call.input.shape[:2])
+                root[:, 0] = math.sqrt(class_token)
+                inputs, missing, wanted = (rows * root.reshape(1, -1, 1) for rows in (inputs, missing, wanted))
             self.gram += inputs.transpose(1, 2) @ inputs
             self.cross += missing.transpose(1, 2) @ inputs
             self.missing += missing.square().sum()
-            self.target += call.outputs(dense, part).square().sum()
+            self.target += wanted.square().sum()
             self.rows += inputs.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:

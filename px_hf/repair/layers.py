@@ -5,8 +5,9 @@ dense network on its own inputs, the kept weights Ŵ and the bias b̂ minimise
 
     ‖X̂ Ŵᵀ + b̂ − Y‖² + Σ_j λ_j ‖Ŵ_j − W_j‖²,        λ_j = ridge · (X̂ᵀX̂)_jj,
 
-from where they stand, W. The ridge holds what the images do not say. A layer whose error on the images held out grew
-stays as it was.
+from where they stand, W. The rows of X̂ and Y are those of all tokens, or positions; that of the class token, which the
+classifier reads, counts `class_token` times. The ridge holds what the images do not say. A layer whose error on the
+images held out grew stays as it was.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ from .walk import Walk
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """Settings: ``ridge`` relative to the diagonal of the Gram matrix, and the most ``iterations`` of the solver."""
+    """Settings: ``ridge`` relative to the diagonal of the Gram matrix, the most ``iterations`` of the solver, and how
+    often the ``class_token`` counts.
+    """
 
     ridge: float
     iterations: int
+    class_token: float = 1.0
 
     def repair_(self, walk: Walk, layers: tuple[Layer, ...], masks: Mapping[str, Tensor]) -> list[LayerRepair]:
         """Repair layers that have the same input, in the tensors of the sparse network.
@@ -84,7 +88,7 @@ class LeastSquares:
         problem: NonFiniteError | None = None
         try:
             for part in walk.parts:
-                _add(walk, part, layers, held_out if part.held_out else fitted)
+                _add(walk, part, layers, held_out if part.held_out else fitted, self.class_token)
             for layer in layers:
                 if not (fitted[layer.name].finite() and held_out[layer.name].finite()):
                     raise NonFiniteError(
@@ -105,7 +109,7 @@ def _empty(walk: Walk, layer: Layer) -> Sums:
     return Sums(sparse.tensors[layer.name], layer.groups, layer.bias in sparse.tensors)
 
 
-def _add(walk: Walk, part: Part, layers: tuple[Layer, ...], sums: Mapping[str, Sums]) -> None:
+def _add(walk: Walk, part: Part, layers: tuple[Layer, ...], sums: Mapping[str, Sums], class_token: float) -> None:
     counts = {layer.name: len(layer.times) for layer in layers}
     outputs: dict[str, deque[Tensor]] = {name: deque() for name in counts}
     dense, sparse = walk.networks["dense"], walk.networks["sparse"]
@@ -114,7 +118,7 @@ def _add(walk: Walk, part: Part, layers: tuple[Layer, ...], sums: Mapping[str, S
         outputs[call.name].append(call.output.clone())  # an activation in place may follow
 
     def add(call: LayerCall) -> None:
-        sums[call.name].add(call, outputs[call.name].popleft())
+        sums[call.name].add(call, outputs[call.name].popleft(), class_token)
 
     dense.watch(counts, keep, lambda: walk.forward("dense", part))
     sparse.watch(counts, add, lambda: walk.forward("sparse", part))

@@ -19,6 +19,7 @@ from ..masks import Masks
 from ..model.adapters import adapters_off
 from ..model.inputs import Batches, Inputs, call
 from ..model.modes import device_of, evaluating, full_precision
+from ..model.outputs import has_class_token
 from ..model.targets import require_whole
 from ..model.undisturbed import undisturbed
 from ..model.wrappers import named_parameters, unwrap
@@ -50,6 +51,7 @@ def reconstruct_(
     method: str = "layers",
     ridge: float = 0.01,
     iterations: int = 50,
+    class_token: float = 50.0,
     blocks: Sequence[str] | None = None,
     epochs: int = 10,
     rate: float | None = None,
@@ -86,6 +88,7 @@ def reconstruct_(
         method: "layers"; "blocks" for layers and then blocks; or "network" for layers and then the network as a whole.
         ridge: how firmly weights are held where they are, relative to the mean square of their input, ≥ 0.
         iterations: the most of conjugate gradients for a layer.
+        class_token: how many tokens the class token counts for in least squares, > 0, where the model has one.
         blocks: names of the modules that method "blocks" or "network" matches; None: repeated modules of a list or
             sequence.
         epochs: with method "blocks" or "network", how often Adam sees each image.
@@ -108,7 +111,7 @@ def reconstruct_(
     require_whole(model)
     parameters = masks.match(model)
     rate = RATES.get(method, 1.0) if rate is None else rate
-    _check(method, ridge, iterations, epochs, rate)
+    _check(method, iterations, epochs, ridge=ridge, class_token=class_token, rate=rate)
     _check_parent(model, masks, dense)
     parent = model if dense is None else unwrap(dense)
     with ExitStack() as stack:
@@ -132,9 +135,8 @@ def reconstruct_(
         _with_biases(sparse, record)
         steps = route(record, _blocks(record, blocks) if method == "blocks" else None)
         adam = Adam(epochs, rate)
-        found, whole = _walk(
-            walk, steps, LeastSquares(ridge, iterations), adam if method == "blocks" else None, masks, progress
-        )
+        layers = LeastSquares(ridge, iterations, class_token if has_class_token(model) else 1.0)
+        found, whole = _walk(walk, steps, layers, adam if method == "blocks" else None, masks, progress)
         if method == "network":
             paths = blocks_of(record) if blocks is None else _blocks(record, blocks)
             whole.append(adam.repair_(walk, Whole(walk, paths, augment), masks.tensors))
@@ -235,10 +237,11 @@ def _warn_of_few_rows(found: list[LayerRepair]) -> None:
         )
 
 
-def _check(method: str, ridge: float, iterations: int, epochs: int, rate: float) -> None:
+def _check(method: str, iterations: int, epochs: int, **numbers: float) -> None:
     if method not in METHODS:
         raise InvalidArgumentError(f"method={method!r}: expected {', '.join(map(repr, METHODS))}.")
-    for name, number, least in (("ridge", ridge, 0.0), ("rate", rate, 1e-12)):
+    for name, number in numbers.items():
+        least = 0.0 if name == "ridge" else 1e-12
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not least <= number < math.inf:
             raise InvalidArgumentError(f"{name}={number!r}: expected a finite number {'≥' if least == 0 else '>'} 0.")
     for name, count in (("iterations", iterations), ("epochs", epochs)):

@@ -113,7 +113,7 @@ def _keys(args: argparse.Namespace, seed: int, criteria: list[Method]) -> list[t
                 if method == "none":
                     found.append(({**pruned, "method": method}, criterion))
                     continue
-                images = {"with": args.repair_with or "task"}
+                images = {"with": Path(args.repair_with or "task").name}
                 found += [({**pruned, "method": method, "images": n} | images, criterion) for n in args.images]
     return found
 
