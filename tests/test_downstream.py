@@ -39,7 +39,7 @@ from px_hf.model.targets import prunable
 from px_hf.runs import downstream_evaluation
 from px_hf.runs.arguments import FineTuneArguments, ModelArguments
 from px_hf.runs.downstream_tasks import find_tasks
-from px_hf.runs.pruning_arguments import ScoringArguments
+from px_hf.runs.scoring_arguments import ScoringArguments
 from px_hf.runs.subjects import Subject, prune
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -39,8 +39,8 @@ from ..runs.downstream_tasks import DownstreamTask, find_tasks
 from ..runs.help import Usage
 from ..runs.protocols import FILES as PROTOCOLS
 from ..runs.protocols import Protocol
-from ..runs.pruning_arguments import ScheduleArguments
 from ..runs.pruning_source import Source
+from ..runs.schedule_arguments import ScheduleArguments
 from ..runs.source_training import learned
 from ..runs.subjects import PruningInTraining, Subject, prune
 

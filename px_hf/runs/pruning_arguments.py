@@ -1,9 +1,9 @@
-"""The arguments of pruning: how weights are scored, how far a network is pruned, what it is compared with."""
+"""The arguments of the pruning of one network: its repair, its teacher, and what it is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,203 +12,12 @@ import px_hf as px
 
 from ..controls import CONTROLS
 from ..distillation import Distillation
-from ..model.inputs import Batches
-from ..plan import ROUNDS as GRADUAL_ROUNDS
-from ..plan import SCHEDULES, UNTIL, check_until, most_rounds
-from ..prune import ROUNDS
 from ..repair.by_name import NONE, REPAIRS
-from ..scopes import as_scope, check_sparsity
 from .lora_arguments import LoraArguments
-
-ONE_SHOT, GRADUAL = SCHEDULES
-CRITERION = "px-active"
-"""By default, before training."""
-
-GRADUAL_CRITERION = "px-balanced"
-"""By default, while training: docs/RESULTS.md."""
+from .schedule_arguments import GRADUAL, ONE_SHOT, ScheduleArguments
 
 TEACHER_DENSE = "dense"
 """As `--distill`: the dense network of the same run."""
-
-
-@dataclass
-class ScoringArguments:
-    """How weights are ranked for pruning."""
-
-    topic: ClassVar[str] = "pruning"
-
-    criterion: str | None = field(
-        default=None,
-        metadata={"help": f"How weights are scored. Default: {CRITERION}.", "choices": list(px.CRITERIA)},
-    )
-    power: float | None = field(
-        default=None, metadata={"help": "Exponent of the path flow in the px criteria: 1 = the paper, 0 = magnitude."}
-    )
-    rounds: int | None = field(
-        default=None, metadata={"help": f"Rounds of scoring and pruning. Default: {ROUNDS}. The paper uses 100."}
-    )
-    scope: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rank all weights together (global), within each layer or each output (row), or n:m, as in 2:4: "
-            "keep at most n of m inputs in a row; structured takes out whole units, which are hidden units, heads and "
-            "channels, structured:uniform the same share of every layer and no heads. Default: the criterion's own.",
-        },
-    )
-    min_layer_density: float = field(
-        default=0.0,
-        metadata={
-            "help": "With scope global: the fraction of each layer that is kept in any case; structured: of its units."
-        },
-    )
-    prune_head: bool = field(default=False, metadata={"help": "Prune the classifier head too."})
-    examples_per_class: int = field(default=10, metadata={"help": "Training images of each class to score with."})
-    scoring_batch_size: int = field(
-        default=16, metadata={"help": "Images scored at once. Smaller saves memory; scores do not depend on it."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.scope is not None:
-            as_scope(self.scope)
-        if self.rounds is None:
-            self.rounds = self.default_rounds()
-
-    def default_rounds(self) -> int:
-        """How many rounds there are where nobody says it."""
-        return ROUNDS
-
-    @property
-    def criterion_name(self) -> str:
-        """What weights are scored by, also where nobody says it."""
-        return self.criterion or CRITERION
-
-    @property
-    def takes_out_units(self) -> bool:
-        """Whether the scope is one of whole units, which leave a smaller model."""
-        return self.scope is not None and as_scope(self.scope).whole_units
-
-    def criterion_object(self) -> px.Criterion:
-        """The criterion of that name, with `power`.
-
-        Raises:
-            InvalidArgumentError: `power` for a criterion that takes none.
-        """
-        criterion = px.CRITERIA[self.criterion_name]
-        if self.power is None:
-            return criterion
-        if not isinstance(criterion, px.PX):
-            raise px.InvalidArgumentError(f"--power is for the px criteria, and --criterion is {self.criterion_name}.")
-        return replace(criterion, power=self.power)
-
-    def find_masks(self, model: nn.Module, batches: Batches, sparsity: float, progress: bool) -> px.Masks:
-        """Those that `px.prune` finds with these settings."""
-        return px.prune(
-            model, batches, self.criterion_object(), sparsity=sparsity, progress=progress, **self._settings()
-        )
-
-    def _settings(self) -> dict[str, Any]:
-        """What `px.prune` and `px.GradualPruning` are both told."""
-        return {
-            "rounds": self.rounds,
-            "scope": self.scope,
-            "prune_head": self.prune_head,
-            "min_layer_density": self.min_layer_density,
-        }
-
-
-@dataclass
-class ScheduleArguments(ScoringArguments):
-    """How far a network is pruned, and when."""
-
-    topic: ClassVar[str] = "pruning"
-
-    criterion: str | None = field(
-        default=None,
-        metadata={
-            "help": f"How weights are scored. Default: {CRITERION}, with --schedule gradual {GRADUAL_CRITERION}.",
-            "choices": list(px.CRITERIA),
-        },
-    )
-    rounds: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Rounds of scoring and pruning. Default: {ROUNDS}, with --schedule gradual {GRADUAL_ROUNDS}. The "
-            "paper uses 100."
-        },
-    )
-    schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prune gradually, in rounds during the first part of fine-tuning, or once before it (one-shot). "
-            "Gradually is far better at high sparsity. Default: see the page of the command, docs/FINETUNING.md.",
-            "choices": list(SCHEDULES),
-        },
-    )
-    until: float = field(
-        default=UNTIL,
-        metadata={"help": "With --schedule gradual: the share of the training steps after which the last round is."},
-    )
-    sparsity: float = field(default=0.9, metadata={"help": "Fraction of the weights to prune, in [0, 1)."})
-
-    def __post_init__(self) -> None:
-        self.schedule = self.schedule or self.default_schedule()
-        self._rounds_by_default = self.rounds is None
-        super().__post_init__()
-
-    def default_schedule(self) -> str:
-        """When the network is pruned where nobody says it."""
-        return ONE_SHOT
-
-    @property
-    def gradual(self) -> bool:
-        """Whether the network is pruned while it is fine-tuned."""
-        return self.schedule == GRADUAL
-
-    def fit_rounds(self, total_steps: int) -> None:
-        """Of a training of few steps: as many rounds as fit into it, unless their number was given."""
-        if self._rounds_by_default:
-            self.rounds = min(self.default_rounds(), most_rounds(self.until, total_steps))
-
-    def default_rounds(self) -> int:
-        return GRADUAL_ROUNDS if self.gradual else ROUNDS
-
-    @property
-    def criterion_name(self) -> str:
-        return self.criterion or (GRADUAL_CRITERION if self.gradual else CRITERION)
-
-    def check(self) -> None:
-        """Find out before any work what `px.prune` would refuse.
-
-        Raises:
-            InvalidArgumentError: a sparsity or a setting of the criterion or the schedule outside its range.
-        """
-        check_sparsity(self.sparsity)
-        check_until(self.until)
-        if self.until != UNTIL and not self.gradual:
-            raise px.InvalidArgumentError("--until says when --schedule gradual ends. Pass that too, or leave it out.")
-        self.criterion_object()
-
-    def gradual_pruning(self, batches: Batches) -> px.GradualPruning:
-        """The callback that prunes with these settings while Trainer trains.
-
-        Raises:
-            InvalidArgumentError: a setting outside its range.
-        """
-        return px.GradualPruning(
-            self.criterion_object(), batches, sparsity=self.sparsity, until=self.until, **self._settings()
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """The settings that the masks depend on, as JSON can say them."""
-        schedule = {"schedule": self.schedule, "until": self.until} if self.gradual else {}
-        return schedule | {
-            "criterion": repr(self.criterion_object()),
-            "sparsity_asked": self.sparsity,
-            "rounds": self.rounds,
-            "scope": self.scope or px.CRITERIA[self.criterion_name].scope,
-            "min_layer_density": self.min_layer_density,
-            "prune_head": self.prune_head,
-        }
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ..data import CalibrationSet, ClassificationTask, Preprocess, calibration_s
 from ..data.split import to_rgb
 from .arguments import FineTuneArguments, ModelArguments
 from .downstream_tasks import DownstreamTask, find_tasks
-from .pruning_arguments import ScoringArguments
+from .scoring_arguments import ScoringArguments
 
 
 @dataclass

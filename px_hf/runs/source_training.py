@@ -14,8 +14,8 @@ import px_hf as px
 from ..distributed import on_main
 from .arguments import FineTuneArguments
 from .downstream_evaluation import train
-from .pruning_arguments import ScheduleArguments
 from .pruning_source import Source
+from .schedule_arguments import ScheduleArguments
 from .subjects import PruningInTraining, Subject
 
 SOURCE_FOLDER = "source"

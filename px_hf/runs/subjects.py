@@ -17,7 +17,8 @@ from ..controls import shuffle
 from ..model.targets import head_modules
 from .arguments import FineTuneArguments, ModelArguments
 from .backbone import load_model
-from .pruning_arguments import ScheduleArguments, ScoringArguments
+from .schedule_arguments import ScheduleArguments
+from .scoring_arguments import ScoringArguments
 from .sparse_backbone import CARRIED, download_of, has_zeros, holds_masks, read_masks, says_sparse
 
 
