@@ -44,6 +44,12 @@ def test_blocks_by_name() -> None:
     )
     assert [block.name for block in report.blocks] == [name]
     assert {layer.name for layer in report.layers} == set(masks)
+    few = px.Masks({key: mask for key, mask in masks.items() if key.startswith(f"{name}.")})
+    model = build("hf vit").eval()
+    report = px.reconstruct_(
+        model, few, calibration("hf vit"), method="blocks", blocks=[name], epochs=1, progress=False
+    )
+    assert [block.name for block in report.blocks] == [name]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def route(record: Record, only: Collection[str] | None = None) -> list[Step]:
                 link = 0 if follows(before, visit) is not None else total
                 ways.append((best[j][0] + link + (first - start - size) * total + own, j))
         best.append(min(ways))
-    ends = [(total * total + 0.0, -1)]
+    ends = [(total * total + 0.0, -1)] if only is None or not order else []  # blocks that were named must be met
     ends += [(best[k][0] + (total - first - count) * total, k) for k, (_, (first, count)) in enumerate(order)]
     k = min(ends)[1]
     path: list[int] = []
