@@ -15,7 +15,7 @@ import pytest
 import torch
 from networks import build, images
 from PIL import Image
-from test_recipe import RECIPES, environment, folder  # noqa: F401
+from test_recipe import RECIPES, environment
 
 import px_hf as px
 from px_hf.commands import compare_criteria
@@ -29,7 +29,7 @@ RECIPE = str(RECIPES / "compare_criteria.py")
 METHODS = ["magnitude", "random:seed=3", "snip:rounds=1", "wanda:control=shuffle"]
 
 
-def settings(folder: Path, out: str, *more: str) -> list[str]:  # noqa: F811
+def settings(folder: Path, out: str, *more: str) -> list[str]:
     return [
         *("--model_name_or_path", str(folder / "backbone"), "--output_dir", str(folder / out)),
         *("--methods", *METHODS, "--sparsities", "0.5", "0.9", "--seeds", "0", "1"),
@@ -46,13 +46,13 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> list[dict[str, Any]]:  # noqa: F811
+def whole(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run in this process that nobody disturbed."""
     compare_criteria.main(settings(folder, "whole"))
     return lines(folder / "whole")
 
 
-def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> None:
     assert len(whole) == 2 * (1 + 2 * len(METHODS))
     for line in whole:
         for measure in ("zero_shot", "fine_tuned"):
@@ -76,7 +76,7 @@ def test_every_cell_has_a_line(whole: list[dict[str, Any]], folder: Path) -> Non
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in table
 
 
-def test_gradual_methods(folder: Path) -> None:  # noqa: F811
+def test_gradual_methods(folder: Path) -> None:
     """Pruned while trained: the sparsity is reached, the schedule is told apart, all rounds are counted as cost."""
     gradual = ["snip:schedule=gradual:rounds=3", "magnitude:schedule=gradual:rounds=2", "magnitude"]
     more = ["--methods", *gradual, "--sparsities", "0.9", "--seeds", "0"]
@@ -88,7 +88,7 @@ def test_gradual_methods(folder: Path) -> None:  # noqa: F811
     assert "| snip:schedule=gradual:rounds=3 |" in (folder / "gradual" / "results.md").read_text()
 
 
-def test_the_rate_is_chosen_on_validation_and_the_test_split_is_reported(folder: Path) -> None:  # noqa: F811
+def test_the_rate_is_chosen_on_validation_and_the_test_split_is_reported(folder: Path) -> None:
     """Cells of both rates are computed; tables show one of them for each method, and which."""
     more = ["--methods", "magnitude", "--sparsities", "0.5", "--seeds", "0", "--learning_rate", "2e-3", "1e-9"]
     compare_criteria.main([*settings(folder, "rates"), *more])
@@ -135,13 +135,13 @@ def test_the_rate_that_is_shown(measured: dict[float, dict[int, tuple[float, flo
     assert all(line["zero_shot"] is None and line["rates"] == 2 for line in shown)
 
 
-def test_the_picture_is_not_blank(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+def test_the_picture_is_not_blank(whole: list[dict[str, Any]], folder: Path) -> None:
     pixels = np.asarray(Image.open(folder / "whole" / "comparison.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_to_the_same_lines(whole: list[dict[str, Any]], folder: Path, workers: str) -> None:  # noqa: F811
+def test_a_killed_run_goes_on_to_the_same_lines(whole: list[dict[str, Any]], folder: Path, workers: str) -> None:
     out = folder / f"killed{workers}"
     command = [sys.executable, RECIPE, *settings(folder, out.name, "--workers", workers)]
     run = subprocess.Popen(
@@ -170,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_lines(whole: list[dict[str, Any]], fol
     assert all(line in lines(out) for line in before)
 
 
-def test_more_methods_only_add_cells(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+def test_more_methods_only_add_cells(whole: list[dict[str, Any]], folder: Path) -> None:
     file = folder / "whole" / "results.jsonl"
     before = file.read_text()
     more = ["--methods", "magnitude", "lamp", "--seeds", "0", "--sparsities", "0.9"]
@@ -182,7 +182,7 @@ def test_more_methods_only_add_cells(whole: list[dict[str, Any]], folder: Path) 
 
 
 def test_a_failing_cell_is_told_and_the_others_are_kept(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = comparison_cell.prune_
@@ -202,7 +202,7 @@ def test_a_failing_cell_is_told_and_the_others_are_kept(
     assert len(lines(folder / "failing")) == 3
 
 
-def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -> None:
     (prepared,) = (folder / "whole" / "cache").iterdir()
     task = load(prepared)
     model = task.dense_model(0, "fitted", torch.device("cpu"))
@@ -215,7 +215,7 @@ def test_the_fitted_head_classifies(whole: list[dict[str, Any]], folder: Path) -
     assert measures.accuracy(fresh, task.test) < 0.4  # its own head is back
 
 
-def test_accuracy_under_bfloat16(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+def test_accuracy_under_bfloat16(whole: list[dict[str, Any]], folder: Path) -> None:
     (prepared,) = (folder / "whole" / "cache").iterdir()
     task = load(prepared)
     model = task.dense_model(0, "fitted", torch.device("cpu"))
@@ -226,7 +226,7 @@ def test_accuracy_under_bfloat16(whole: list[dict[str, Any]], folder: Path) -> N
     assert abs(full - half) <= 0.03
 
 
-def test_calibration_is_class_balanced_and_drawn_by_seed(whole: list[dict[str, Any]], folder: Path) -> None:  # noqa: F811
+def test_calibration_is_class_balanced_and_drawn_by_seed(whole: list[dict[str, Any]], folder: Path) -> None:
     (prepared,) = (folder / "whole" / "cache").iterdir()
     task = load(prepared)
     one, other = (task.calibration(3, seed, 8) for seed in (0, 1))
@@ -315,7 +315,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("more", "error", "message"), BAD, ids=[" ".join(row[0]) for row in BAD])
-def test_bad_arguments(folder: Path, more: list[str], error: type[Exception], message: str) -> None:  # noqa: F811
+def test_bad_arguments(folder: Path, more: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         compare_criteria.main([*settings(folder, "bad"), *more])
     assert not (folder / "bad" / "results.jsonl").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from networks import build, images
-from test_recipe import folder, run_here, settings  # noqa: F401
+from test_recipe import run_here, settings
 
 import px_hf as px
 from px_hf.controls import CONTROLS, apply_control_, permute_units, reinitialize_, shuffle
@@ -88,7 +88,7 @@ def test_an_unknown_control_is_an_error(masks: px.Masks) -> None:
         reinitialize_(build("cnn"), masks)
 
 
-def test_the_recipe_trains_a_control(folder: Path) -> None:  # noqa: F811
+def test_the_recipe_trains_a_control(folder: Path) -> None:
     found = {}
     for control in ("none", "shuffle"):
         more = ["--control", control, "--num_train_epochs", "0.2", "--criterion", "magnitude"]

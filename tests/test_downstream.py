@@ -368,7 +368,7 @@ def test_a_pruned_model_is_compared_with_its_parent_and_its_report_goes_into_its
     assert results["subjects"][1]["masks_sha256"] == px.Masks.from_pretrained(folder / "pruned").fingerprint()
 
 
-@pytest.mark.parametrize("kind", ["hf vit", "timm resnet", "timm vit"])
+@pytest.mark.parametrize("kind", ["hf vit", pytest.param("timm resnet", marks=pytest.mark.slow), "timm vit"])
 def test_models_of_both_libraries_on_a_folder_of_images(folder: Path, kind: str) -> None:
     """Dense and pruned here; then saved, a timm model in timm's own form, and evaluated beside the dense one."""
     for k, row in enumerate(pictures([0, 1] * 10)):

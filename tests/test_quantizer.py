@@ -243,9 +243,10 @@ def test_a_damaged_copy_is_never_loaded(
         load(tmp_path / "out")
 
 
-def test_it_does_not_prune() -> None:
+def test_it_does_not_prune(tmp_path: Path) -> None:
+    settings = {"config": vit().config, "quantization_config": CompactConfig()}
     with pytest.raises(px.InvalidArgumentError, match=r"does not prune. Use px_hf.prune"):
-        AutoModelForImageClassification.from_pretrained("x", config=vit().config, quantization_config=CompactConfig())
+        AutoModelForImageClassification.from_pretrained(tmp_path, **settings)
 
 
 # -------------------------------------------------------------------------------------------------- registration
@@ -263,9 +264,9 @@ print("warnings" if "px_hf.compact.quantizer" not in sys.modules else "registere
     "imports",
     [
         "import px_hf",
-        "import transformers, px_hf",
+        pytest.param("import transformers, px_hf", marks=pytest.mark.slow),
         "from transformers import AutoModelForImageClassification\nimport px_hf",
-        "import px_hf, importlib\nimportlib.reload(px_hf)",
+        pytest.param("import px_hf, importlib\nimportlib.reload(px_hf)", marks=pytest.mark.slow),
     ],
 )
 def test_registration_in_either_order_of_imports(imports: str, tmp_path: Path) -> None:
