@@ -10,6 +10,7 @@ from networks import build
 from test_repair import calibration, some_masks
 
 import px_hf as px
+from px_hf.repair.blocks import relative_square
 from px_hf.repair.views import views
 
 
@@ -33,6 +34,31 @@ def test_blocks_come_nearer_and_zeros_stay(name: str) -> None:
     assert any("norm" in key for key in changed)
     assert all(any(block.name in key for block in report.blocks) for key in changed)
     assert not any(p.grad is not None for p in blocks.parameters())
+
+
+def test_the_class_token_counts_as_much_as_all_tokens() -> None:
+    torch.manual_seed(0)
+    output, target = torch.randn(3, 5, 4), torch.randn(3, 5, 4) + 2
+
+    def ratio(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        pairs = list(zip(ours.flatten().tolist(), theirs.flatten().tolist(), strict=True))
+        return sum((a - b) ** 2 for a, b in pairs) / sum(b**2 for _, b in pairs)
+
+    every, first = ratio(output, target), ratio(output[:, 0], target[:, 0])
+    assert float(relative_square(output, target)) == pytest.approx(every, rel=1e-5)
+    assert float(relative_square(output, target, True)) == pytest.approx((every + first) / 2, rel=1e-5)
+    maps = output[..., None], target[..., None]  # no tokens
+    assert float(relative_square(*maps, True)) == pytest.approx(every, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["blocks", "network"])
+def test_whether_the_class_token_counts_is_told_to_blocks_and_network(method: str) -> None:
+    reports = []
+    for weight in (50.0, 1.0):
+        model = build("hf vit").eval()
+        settings = {"class_token": weight, "epochs": 1, "ridge": 1e9, "progress": False}  # layers stay as they are
+        reports.append(px.reconstruct_(model, some_masks(model), calibration("hf vit"), method=method, **settings))
+    assert reports[0].blocks[0].error_before != pytest.approx(reports[1].blocks[0].error_before, rel=1e-4)
 
 
 def test_blocks_by_name() -> None:

@@ -4,6 +4,9 @@ In running order, for block B with inputs x̂ in the network as it is pruned and
 `px_hf.repair.adam` minimises over the kept weights, biases and norm parameters of the block
 
     ‖B̂(x̂) − B(x)‖² / ‖B(x)‖².
+
+Where there is a class token, which the classifier reads, this is the mean of two such ratios, over all tokens and over
+the class token alone.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from .walk import Walk, tensors_in
 class Block:
     """The module that the walk stands at, as an `Objective`."""
 
-    def __init__(self, walk: Walk, path: str) -> None:
+    def __init__(self, walk: Walk, path: str, class_token: bool) -> None:
         self.name = path
         self._walk = walk
+        self._class_token = class_token
         sparse = walk.networks["sparse"]
         inside = set(walk.module("sparse").parameters())
         own = named_parameters(sparse.model)
@@ -36,18 +40,21 @@ class Block:
             walk.states.put(f"target-{part.key}", tensors_in(target)[:1])
 
     def distance(self, part: Part, epoch: int | None = None) -> Tensor:
-        """‖B̂(x̂) − B(x)‖² / ‖B(x)‖² of the images of a part, times their number."""
+        """The loss of the images of a part, times their number."""
         walk = self._walk
         target = walk.states.get(f"target-{part.key}", walk.device)[0]
         output = walk.networks["sparse"].run(lambda: walk.forward("sparse", part))
-        return part.images * relative_square(tensors_in(output)[0], target)
+        return part.images * relative_square(tensors_in(output)[0], target, self._class_token)
 
 
-def relative_square(output: Tensor, target: Tensor) -> Tensor:
-    """‖output − target‖² / ‖target‖², in float32."""
+def relative_square(output: Tensor, target: Tensor, class_token: bool = False) -> Tensor:
+    """‖output − target‖² / ‖target‖², in float32; with a ``class_token`` in [N, T, d] the mean of that and its own."""
     output, target = output.float(), target.float()
     gap = (output - target).square().mean()
-    return gap / target.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    ratio = gap / target.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    if not class_token or target.dim() != 3:
+        return ratio
+    return (ratio + relative_square(output[:, :1], target[:, :1])) / 2
 
 
 def trainable(sparse: Network) -> list[str]:

@@ -5,10 +5,11 @@ With h_l what block l of the dense network returns, l = 1 ... L, and ĥ_l what i
 
     (1/L) Σ_l ‖ĥ_l − h_l‖² / ‖h_l‖²,
 
-or that of the outputs (`px_hf.model.outputs`) where a network has no repeated blocks. This is distillation of the
-network into itself (SquareHead, Kurtic et al. 2023, arXiv 2310.06927): it needs gradients through the network, and no
-labels. Each epoch sees other `views` of the images. Logits are left out on purpose: a few hundred images show a part
-of the classes, and a network that is drawn to the logits of these forgets the others (docs/notes/repair.md).
+where a class token counts as in `px_hf.repair.blocks`, or that of the outputs (`px_hf.model.outputs`) where a network
+has no repeated blocks. This is distillation of the network into itself (SquareHead, Kurtic et al. 2023, arXiv
+2310.06927): it needs gradients through the network, and no labels. Each epoch sees other `views` of the images. Logits
+are left out on purpose: a few hundred images show a part of the classes, and a network that is drawn to the logits of
+these forgets the others (docs/notes/repair.md).
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Whole:
 
     name = "(network)"
 
-    def __init__(self, walk: Walk, blocks: Sequence[str], augment: bool) -> None:
+    def __init__(self, walk: Walk, blocks: Sequence[str], augment: bool, class_token: bool) -> None:
         self._walk = walk
+        self._class_token = class_token
         self._blocks = blocks
         self._augment = augment
         self.trained: Sequence[str] = trainable(walk.networks["sparse"])
@@ -47,7 +49,8 @@ class Whole:
         with torch.no_grad():
             targets = self._outputs("dense", inputs)
         pairs = zip(self._outputs("sparse", inputs), targets, strict=True)
-        return part.images * torch.stack([relative_square(output, target) for output, target in pairs]).mean()
+        errors = [relative_square(output, target, self._class_token) for output, target in pairs]
+        return part.images * torch.stack(errors).mean()
 
     def _outputs(self, which: str, inputs: Inputs) -> list[Tensor]:
         network = self._walk.networks[which]

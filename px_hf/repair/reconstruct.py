@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final
 
@@ -88,7 +88,8 @@ def reconstruct_(
         method: "layers"; "blocks" for layers and then blocks; or "network" for layers and then the network as a whole.
         ridge: how firmly weights are held where they are, relative to the mean square of their input, ≥ 0.
         iterations: the most of conjugate gradients for a layer.
-        class_token: how many tokens the class token counts for in least squares, > 0, where the model has one.
+        class_token: how many tokens the class token counts for in least squares, > 0, where the model has one; unless
+            1, blocks and the network match it as much as all tokens together.
         blocks: names of the modules that method "blocks" or "network" matches; None: repeated modules of a list or
             sequence.
         epochs: with method "blocks" or "network", how often Adam sees each image.
@@ -135,11 +136,16 @@ def reconstruct_(
         _with_biases(sparse, record)
         steps = route(record, _blocks(record, blocks) if method == "blocks" else None)
         adam = Adam(epochs, rate)
-        layers = LeastSquares(ridge, iterations, class_token if has_class_token(model) else 1.0)
-        found, whole = _walk(walk, steps, layers, adam if method == "blocks" else None, masks, progress)
+        counts = class_token if has_class_token(model) else 1.0
+
+        def repair_block(path: str) -> LayerRepair:
+            return adam.repair_(walk, Block(walk, path, counts != 1), masks.tensors)
+
+        layers = LeastSquares(ridge, iterations, counts)
+        found, whole = _walk(walk, steps, layers, repair_block if method == "blocks" else None, masks, progress)
         if method == "network":
             paths = blocks_of(record) if blocks is None else _blocks(record, blocks)
-            whole.append(adam.repair_(walk, Whole(walk, paths, augment), masks.tensors))
+            whole.append(adam.repair_(walk, Whole(walk, paths, augment, counts != 1), masks.tensors))
         _warn_of_few_rows(found)
         written = dict(sparse.tensors)
     own = named_parameters(model, remove_duplicate=False)
@@ -150,7 +156,12 @@ def reconstruct_(
 
 
 def _walk(
-    walk: Walk, steps: list[Step], least_squares: LeastSquares, adam: Adam | None, masks: Masks, progress: bool
+    walk: Walk,
+    steps: list[Step],
+    least_squares: LeastSquares,
+    repair_block: Callable[[str], LayerRepair] | None,
+    masks: Masks,
+    progress: bool,
 ) -> tuple[list[LayerRepair], list[LayerRepair]]:
     found: list[LayerRepair] = []
     whole: list[LayerRepair] = []
@@ -161,8 +172,8 @@ def _walk(
             for group in step.groups:
                 found += least_squares.repair_(walk, group, masks.tensors)
                 bar.update(len(group))
-            if adam is not None and step.visit is not None:
-                whole.append(adam.repair_(walk, Block(walk, step.visit.path), masks.tensors))
+            if repair_block is not None and step.visit is not None:
+                whole.append(repair_block(step.visit.path))
             if k + 1 < len(steps) and steps[k + 1].follows is not None:
                 walk.leave()
     return found, whole
