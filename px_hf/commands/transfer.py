@@ -128,7 +128,9 @@ def main(argv: list[str]) -> int:
     main_process = processes().is_main  # first of all: a wrong launch must not write anything
     model_args, args, training = parse(argv)
     if args.summarize:
-        on_main(partial(summarize, read_runs(args.summarize), Path(training.output_dir), args.metrics()))
+        if main_process:
+            text = summarize(read_runs(args.summarize), Path(training.output_dir), args.metrics())
+            Console().print(Markdown(text))
         return 0
     protocol, targets = args.targets_of()
     phases, out = Phases(quiet=not main_process), Path(training.output_dir)
@@ -180,8 +182,8 @@ def main(argv: list[str]) -> int:
     return failed
 
 
-def summarize(lines: list[dict[str, Any]], out: Path, metrics: dict[str, str]) -> None:
-    """Writes the lines, their table and their picture, and shows the table."""
+def summarize(lines: list[dict[str, Any]], out: Path, metrics: dict[str, str]) -> str:
+    """Writes the lines, their table and their picture; returns the table."""
     text = summary(lines, metrics)
     out.mkdir(parents=True, exist_ok=True)
     with whole(out / LINES_FILE) as unfinished:
@@ -190,7 +192,7 @@ def summarize(lines: list[dict[str, Any]], out: Path, metrics: dict[str, str]) -
         unfinished.write_text(text, encoding="utf-8")
     if lines:
         plot_summary(lines, out / SUMMARY_FIGURE, metrics)
-    Console().print(Markdown(text))
+    return text
 
 
 def how(args: TransferArguments, source: Source) -> str:
