@@ -158,6 +158,7 @@ def pretrain(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_pretraining_is_reproducible_and_overwrites_only_when_told(tmp_path: Path) -> None:
     folder, weights = tmp_path / "new" / "vit", tmp_path / "new" / "vit" / "model.safetensors"
     done = pretrain(folder)

@@ -87,14 +87,16 @@ ROWS = [
     ("hf vit", "px.PX()", 7, (2, 3), "count"),  # four batches over two and three processes
     ("timm resnet", "px.PX('active', power=0.25)", 5, (2,), ""),
     ("cnn", "px.PX()", 3, (4,), ""),  # two batches over four processes: two have none
-    ("mlp", "px.PX('active')", 2, (3,), ""),
     ("hf resnet", "px.PX('active')", 3, (3,), "channels last"),  # the third process has none
     ("hf resnet", "px.PX()", 5, (2,), "ddp"),
 ]
+SLOW = [("mlp", "px.PX('active')", 2, (3,), "")]
 
 
 @pytest.mark.parametrize(
-    ("name", "criterion", "count", "processes", "check"), ROWS, ids=[f"{row[0]} {row[4]}".strip() for row in ROWS]
+    ("name", "criterion", "count", "processes", "check"),
+    [*ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)],
+    ids=[f"{row[0]} {row[4]}".strip() for row in ROWS + SLOW],
 )
 def test_masks_do_not_depend_on_the_number_of_processes(
     name: str, criterion: str, count: int, processes: tuple[int, ...], check: str, tmp_path: Path
