@@ -29,7 +29,7 @@ from ..downstream.summary import (
     read_runs,
     summary,
     write_lines,
-)  # fmt: skip
+)
 from ..runs.arguments import EXAMPLE_MODEL, FineTuneArguments, ModelArguments, one_thread
 from ..runs.backbone import load_processor
 from ..runs.console import Phases
